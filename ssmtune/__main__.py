@@ -1,0 +1,5 @@
+import sys
+
+from ssmtune.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,87 @@
+"""Entry point of the `ssmtune` command.
+
+Nothing here, nor in any verb's add_parser, imports torch: `ssmtune --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from ssmtune import __version__
+
+VERBS = ("train", "compare", "generate", "bench", "env")
+
+EXAMPLES = """\
+examples:
+  ssmtune train mamba-5m --method state-offset --data poems.jsonl --out runs/poems
+  ssmtune compare mamba-5m --task docstring-package --out runs/compare
+  ssmtune generate runs/poems --prompt "The sea"
+
+`ssmtune <command> --help` shows the options of one command.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ssmtune",
+        description="Parameter-efficient fine-tuning of state-space models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ssmtune {__version__}")
+    parser.set_defaults(debug=False)
+    subparsers = parser.add_subparsers(dest="verb", metavar="<command>", required=True, title="commands")
+    for verb in VERBS:
+        try:
+            module = import_module(f"ssmtune.cli.{verb}")
+        except ModuleNotFoundError as error:
+            if error.name != f"ssmtune.cli.{verb}":
+                raise
+            continue
+        module.add_parser(subparsers)
+        subparsers.choices[verb].add_argument(
+            "--debug", action="store_true", help="show the traceback of an error instead of its message alone"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        status = import_module(f"ssmtune.cli.{args.verb}").run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # the reader (head, less) has gone; keep the interpreter from complaining about stdout at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("ssmtune: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, RuntimeError, ValueError) as error:
+        if args.debug:
+            traceback.print_exc()
+            return _status(error)
+        message = str(error) or type(error).__name__
+        print(message if message.startswith("config is not valid") else f"ssmtune: error: {message}", file=sys.stderr)
+        return _status(error)
+
+
+def _status(error: Exception) -> int:
+    from ssmtune.config import ConfigError
+
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
