@@ -1,0 +1,137 @@
+"""Calls into the compiled CPU kernels, `torch.ops.ssmtune_native`.
+
+The kernels write into tensors their caller allocated, and skip each result that is None. They take (batch, dim, seqlen)
+tensors that are dense along dim or seqlen, and everything else contiguous in float32.
+"""
+
+import torch
+from torch import Tensor
+
+from ssmtune.ops.layout import dense_axis
+
+CHUNK_SIZE = 64
+CHANNEL_BLOCK = 16
+
+
+def chunk_states_shape(batch: int, dim: int, seqlen: int, dstate: int) -> tuple[int, ...]:
+    """Return the shape of the buffer in which the forward scan keeps one state per chunk for the backward scan."""
+    n_chunks = (seqlen + CHUNK_SIZE - 1) // CHUNK_SIZE
+    padded_dim = (dim + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK * CHANNEL_BLOCK
+    return batch, n_chunks, padded_dim, dstate
+
+
+def selective_scan_forward(
+    inputs: tuple[Tensor | None, ...],
+    delta_softplus: bool,
+    out: Tensor,
+    last_state: Tensor,
+    chunk_states: Tensor | None,
+) -> None:
+    """Run the scan."""
+    torch.ops.ssmtune_native.selective_scan_fwd(*_scan_inputs(*inputs), delta_softplus, out, last_state, chunk_states)
+
+
+def selective_scan_backward(
+    dout: Tensor | None,
+    dlast_state: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    chunk_states: Tensor,
+    delta_softplus: bool,
+    gradients: list[Tensor | None],
+) -> None:
+    """Run the scan backward."""
+    torch.ops.ssmtune_native.selective_scan_bwd(
+        _sequence(dout, inputs[0].dtype),
+        _parameter(dlast_state),
+        *_scan_inputs(*inputs),
+        chunk_states,
+        delta_softplus,
+        *gradients,
+    )
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state_offset: Tensor | None,
+    output_offset: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Advance the state by one step."""
+    work = _parameter(state)
+    torch.ops.ssmtune_native.selective_state_update(
+        work,
+        *(tensor.to(x.dtype).contiguous() for tensor in (x, dt)),
+        _parameter(A),
+        *(tensor.to(x.dtype).contiguous() for tensor in (B, C)),
+        _parameter(D),
+        None if z is None else z.to(x.dtype).contiguous(),
+        _parameter(dt_bias),
+        dt_softplus,
+        _parameter(state_offset),
+        _parameter(output_offset),
+        out,
+    )
+    if work is not state:
+        state.copy_(work)
+
+
+def causal_conv1d_forward(inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor) -> None:
+    """Run the convolution."""
+    torch.ops.ssmtune_native.causal_conv1d_fwd(*_conv_inputs(*inputs), silu, out)
+
+
+def causal_conv1d_backward(
+    dout: Tensor, inputs: tuple[Tensor | None, ...], silu: bool, gradients: list[Tensor | None]
+) -> None:
+    """Run the convolution backward."""
+    torch.ops.ssmtune_native.causal_conv1d_bwd(
+        _sequence(dout, inputs[0].dtype), *_conv_inputs(*inputs), silu, *gradients
+    )
+
+
+def _sequence(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else dense_axis(x.to(dtype))
+
+
+def _parameter(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _scan_inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_offset: Tensor | None,
+    output_offset: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    return (
+        dense_axis(u),
+        _sequence(delta, u.dtype),
+        _parameter(A),
+        _sequence(B, u.dtype),
+        _sequence(C, u.dtype),
+        _parameter(D),
+        _sequence(z, u.dtype),
+        *(_parameter(tensor) for tensor in (delta_bias, initial_state, state_offset, output_offset)),
+    )
+
+
+def _conv_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return dense_axis(x), _parameter(weight), _parameter(bias), _parameter(initial_states)

@@ -1,0 +1,141 @@
+"""The operators in plain PyTorch: readable, on any device and in any floating dtype, differentiable by autograd.
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t                     h_0 = initial_state
+    y_t = C_t (h_t + state_offset) + D u_t + output_offset             [* silu(z_t)]
+
+Every kernel is held to these functions. They compute in float32, or in float64 when the input is float64. Time is
+unbound once rather than indexed step by step: autograd of an index fills a whole tensor with zeros at each step.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of states and sums for an input: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def selective_scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    state_offset: Tensor | None = None,
+    output_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence step by step.
+
+    Args:
+        As for `ssmtune.ops.selective_scan`.
+
+    Returns:
+        out (batch, dim, seqlen) in the dtype of u, and last_state (batch, dim, dstate).
+    """
+    dtype = u.dtype
+    u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset = cast(
+        compute_dtype(u), u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset
+    )
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+
+    h = u.new_zeros(u.shape[0], *A.shape)
+    if initial_state is not None:
+        h = h + initial_state
+    y = []
+    for u_t, delta_t, B_t, C_t in zip(u.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), strict=True):
+        # (batch, dim, dstate)
+        h = torch.exp(delta_t[:, :, None] * A) * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]
+        y.append((h * C_t[:, None, :]).sum(2))
+    out = torch.stack(y, dim=2)
+
+    if state_offset is not None:
+        out = out + state_offset @ C
+    if D is not None:
+        out = out + D[:, None] * u
+    if output_offset is not None:
+        out = out + output_offset[..., None]
+    if z is not None:
+        out = out * F.silu(z)
+    return out.to(dtype), h
+
+
+def selective_state_update_reference(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    state_offset: Tensor | None = None,
+    output_offset: Tensor | None = None,
+) -> Tensor:
+    """Advance `state` in place by one step of the recurrence.
+
+    Args:
+        As for `ssmtune.ops.selective_state_update`.
+
+    Returns:
+        out (batch, dim) in the dtype of x.
+    """
+    out, last_state = selective_scan_reference(
+        *(tensor.unsqueeze(2) for tensor in (x, dt)),
+        A,
+        *(tensor.unsqueeze(2) for tensor in (B, C)),
+        D,
+        None if z is None else z.unsqueeze(2),
+        dt_bias,
+        dt_softplus,
+        initial_state=state,
+        state_offset=state_offset,
+        output_offset=output_offset,
+    )
+    state.copy_(last_state)
+    return out.squeeze(2)
+
+
+def causal_conv1d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_states: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Convolve each channel with its own causal filter, one tap at a time.
+
+    Args:
+        As for `ssmtune.ops.causal_conv1d`.
+
+    Returns:
+        out (batch, dim, seqlen) in the dtype of x.
+    """
+    dtype, seqlen, width = x.dtype, x.shape[2], weight.shape[1]
+    x, weight, bias, initial_states = cast(compute_dtype(x), x, weight, bias, initial_states)
+    if initial_states is None:
+        padded = F.pad(x, (width - 1, 0))
+    else:
+        padded = torch.cat([initial_states, x], dim=2)
+    out = sum(weight[:, tap, None] * padded[:, :, tap : tap + seqlen] for tap in range(width))
+    if bias is not None:
+        out = out + bias[:, None]
+    return (out if activation is None else F.silu(out)).to(dtype)

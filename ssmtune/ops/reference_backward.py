@@ -1,0 +1,110 @@
+"""The gradients of the reference operators, written out.
+
+An operator's kernel runs below autograd, so the reference backend needs formulas of its own. With
+g_t = dout_t silu(z_t) and a_t = exp(delta_t A), the adjoint of h_t is G_t = C_t g_t + a_{t+1} G_{t+1}; every gradient
+is a sum over it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmtune.ops.reference import cast, compute_dtype
+
+
+def silu_gradient(x: Tensor) -> Tensor:
+    """Return the derivative of silu."""
+    sigmoid = torch.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+def selective_scan_reference_backward(
+    dout: Tensor | None,
+    dlast_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_offset: Tensor | None,
+    output_offset: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of all eleven tensors, summed over the batch where one row is shared."""
+    (dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset) = cast(
+        compute_dtype(u),
+        *(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset),
+    )
+    raw_delta = delta if delta_bias is None else delta + delta_bias[:, None]
+    delta = F.softplus(raw_delta) if delta_softplus else raw_delta
+    dout = torch.zeros_like(u) if dout is None else dout
+    g = dout if z is None else dout * F.silu(z)
+    offset = 0 if state_offset is None else state_offset
+
+    h = u.new_zeros(u.shape[0], *A.shape) + (0 if initial_state is None else initial_state)
+    states = [h]
+    for u_t, delta_t, B_t in zip(u.unbind(2), delta.unbind(2), B.unbind(2), strict=True):
+        h = torch.exp(delta_t[:, :, None] * A) * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]
+        states.append(h)
+
+    carry = torch.zeros_like(h) if dlast_state is None else dlast_state
+    y, dGB, ddelta, dA = torch.empty_like(u), torch.empty_like(u), torch.empty_like(u), torch.zeros_like(A)
+    dB, dC = torch.empty_like(B), torch.empty_like(C)
+    for t in reversed(range(u.shape[2])):
+        delta_t, u_t, g_t, B_t, C_t = delta[:, :, t], u[:, :, t], g[:, :, t], B[:, None, :, t], C[:, None, :, t]
+        read = states[t + 1] + offset
+        G = C_t * g_t[:, :, None] + carry
+        carry = torch.exp(delta_t[:, :, None] * A) * G
+        decayed = carry * states[t]
+        y[:, :, t] = (read * C_t).sum(2)
+        dGB[:, :, t] = (G * B_t).sum(2)
+        ddelta[:, :, t] = u_t * dGB[:, :, t] + (decayed * A).sum(2)
+        dA += (decayed * delta_t[:, :, None]).sum(0)
+        dB[:, :, t] = (G * (delta_t * u_t)[:, :, None]).sum(1)
+        dC[:, :, t] = (read * g_t[:, :, None]).sum(1)
+
+    du = delta * dGB
+    if D is not None:
+        y += D[:, None] * u
+        du += D[:, None] * g
+    if output_offset is not None:
+        y += output_offset[..., None]
+    if delta_softplus:
+        ddelta *= torch.sigmoid(raw_delta)
+    dz = None if z is None else dout * y * silu_gradient(z)
+    dstate_offset = g @ C.transpose(1, 2)
+    return (
+        *(du, ddelta, dA, dB, dC),
+        *((g * u).sum((0, 2)), dz, ddelta.sum((0, 2))),
+        carry if _per_row(initial_state, 3) else carry.sum(0),
+        dstate_offset if _per_row(state_offset, 3) else dstate_offset.sum(0),
+        g.sum(2) if _per_row(output_offset, 2) else g.sum((0, 2)),
+    )
+
+
+def _per_row(tensor: Tensor | None, dimensions: int) -> bool:
+    return tensor is not None and tensor.dim() == dimensions
+
+
+def causal_conv1d_reference_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, weight, bias and initial_states."""
+    seqlen, width = x.shape[2], weight.shape[1]
+    dout, x, weight, bias, initial_states = cast(compute_dtype(x), dout, x, weight, bias, initial_states)
+    if initial_states is None:
+        initial_states = x.new_zeros(x.shape[0], x.shape[1], width - 1)
+    padded = torch.cat([initial_states, x], dim=2)
+    taps = [padded[:, :, tap : tap + seqlen] for tap in range(width)]
+    if silu:
+        y = sum(weight[:, tap, None] * taps[tap] for tap in range(width))
+        dout = dout * silu_gradient(y if bias is None else y + bias[:, None])
+    dpadded = torch.zeros_like(padded)
+    for tap in range(width):
+        dpadded[:, :, tap : tap + seqlen] += weight[:, tap, None] * dout
+    dweight = torch.stack([(dout * taps[tap]).sum((0, 2)) for tap in range(width)], dim=1)
+    return dpadded[:, :, width - 1 :], dweight, dout.sum((0, 2)), dpadded[:, :, : width - 1]

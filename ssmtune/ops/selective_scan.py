@@ -1,0 +1,114 @@
+"""The selective scan of Mamba with a trainable initial state and trainable offsets."""
+
+import torch
+from torch import Tensor
+
+from ssmtune.ops import arguments, backends
+from ssmtune.ops.selective_scan_op import selective_scan_fwd
+
+_AXES = ("batch", "dim", "seqlen")
+_OPTIONAL = frozenset({"D", "z", "delta_bias", "initial_state", "state_offset", "output_offset"})
+_LAYOUTS = {
+    "delta": (_AXES,),
+    "z": (_AXES,),
+    "B": (("batch", "dstate", "seqlen"),),
+    "C": (("batch", "dstate", "seqlen"),),
+    "D": (("dim",),),
+    "delta_bias": (("dim",),),
+    "initial_state": (("dim", "dstate"), ("batch", "dim", "dstate")),
+    "state_offset": (("dim", "dstate"), ("batch", "dim", "dstate")),
+    "output_offset": (("dim",), ("batch", "dim")),
+}
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    state_offset: Tensor | None = None,
+    output_offset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the selective scan of Mamba from an initial state, reading it through an offset.
+
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t                  h_0 = initial_state
+        y_t = C_t (h_t + state_offset) + D u_t + output_offset          [* silu(z_t)]
+
+    The offset is read and never carried to the next step. The first ten arguments are those of `mamba_ssm`'s
+    `selective_scan_fn`. Channels-last memory, a transposed view of (batch, seqlen, dim), is taken without a copy and
+    gives a channels-last result. The recurrence is that of Mamba (https://arxiv.org/abs/2312.00752), the state offset
+    that of State-offset Tuning (https://arxiv.org/abs/2503.03499).
+
+    Args:
+        u: (batch, dim, seqlen). The input, in float32, bfloat16 or float16; float64 runs on the reference.
+        delta: (batch, dim, seqlen). The step, before `delta_bias` and softplus.
+        A: (dim, dstate). Negative.
+        B: (batch, dstate, seqlen).
+        C: (batch, dstate, seqlen).
+        D: (dim,).
+        z: (batch, dim, seqlen). The gate.
+        delta_bias: (dim,). Added to delta.
+        delta_softplus: whether to take the softplus of delta.
+        return_last_state: whether to return the state after the last step too; it is differentiable.
+        initial_state: (dim, dstate) shared by the batch, or (batch, dim, dstate).
+        state_offset: (dim, dstate) shared by the batch, or (batch, dim, dstate).
+        output_offset: (dim,) shared by the batch, or (batch, dim).
+        cu_seqlens: not supported.
+        backend: "cuda", "triton", "cpu" or "reference" to run there or fail, "auto" to choose. By default what
+            `ssmtune.backend` or SSMTUNE_BACKEND says, else "auto".
+
+    Returns:
+        out (batch, dim, seqlen) in the dtype of u. With `return_last_state` the tuple of out and last_state
+        (batch, dim, dstate) in float32.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not a real floating-point one.
+        ValueError: a wrong shape, different devices, an empty batch or sequence, or an unknown backend.
+        NotImplementedError: `cu_seqlens` is given.
+        RuntimeError: the backend asked for cannot run the call.
+    """
+    op = "selective_scan"
+    if cu_seqlens is not None:
+        raise NotImplementedError(
+            f"{op}: cu_seqlens was given, but packed sequences are not supported.\n"
+            "  The state would have to restart inside a row. Pad the sequences to one length, one per row."
+        )
+    tensors = {
+        "u": u,
+        "delta": delta,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "delta_bias": delta_bias,
+        "initial_state": initial_state,
+        "state_offset": state_offset,
+        "output_offset": output_offset,
+    }
+    arguments.check_tensors(op, "u", tensors, _OPTIONAL)
+    arguments.check_dimensions(op, "u", u, _AXES)
+    arguments.check_dimensions(op, "A", A, ("dim", "dstate"))
+    batch, dim, seqlen = u.shape
+    sizes = {"batch": batch, "dim": dim, "seqlen": seqlen, "dstate": A.shape[1]}
+    arguments.check_shape(op, "A", A, (("dim", "dstate"),), sizes, "dim is that of u.")
+    for name, layouts in _LAYOUTS.items():
+        why = "batch, dim and seqlen are those of u, dstate is that of A."
+        arguments.check_shape(op, name, tensors[name], layouts, sizes, why)
+
+    name = backends.choose(op, u.device, u.dtype, backend)
+    # only gradients that take a backward scan need the states of the forward scan
+    scanned = (u, delta, A, B, C, z, delta_bias, initial_state)
+    keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in scanned)
+    out, last_state, _ = selective_scan_fwd(*tensors.values(), delta_softplus, keep_states, name)
+    return (out, last_state) if return_last_state else out

@@ -1,0 +1,173 @@
+"""torch.ops.ssmtune.selective_scan_fwd and _bwd: schema, shapes for tracing, autograd, and the call of a backend.
+
+The name of the backend is an argument, so a traced or saved graph runs on the backend it was traced with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmtune.ops import layout
+from ssmtune.ops.backends import implementation
+from ssmtune.ops.reference import compute_dtype
+
+INPUTS = (
+    *("u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
+    *("initial_state", "state_offset", "output_offset"),
+)
+# the gradient of each of these is a sum over g = dout silu(z), which takes no scan
+WITHOUT_SCAN = ("D", "state_offset", "output_offset")
+
+_TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "Tensor? initial_state, Tensor? state_offset, Tensor? output_offset"
+)
+
+torch.library.define(
+    "ssmtune::selective_scan_fwd",
+    f"({_TENSORS}, bool delta_softplus, bool keep_states, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "ssmtune::selective_scan_bwd",
+    f"(Tensor? dout, Tensor? dlast_state, {_TENSORS}, Tensor chunk_states, bool delta_softplus, bool[] wanted, "
+    "str backend) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("ssmtune::selective_scan_fwd")
+def _allocate_results(*args) -> tuple[Tensor, Tensor, Tensor]:
+    u, A, keep_states, backend = args[0], args[2], args[-2], args[-1]
+    batch, dim, seqlen = u.shape
+    dtype = compute_dtype(u)
+    shape = implementation(backend).chunk_states_shape(batch, dim, seqlen, A.shape[1]) if keep_states else (0,)
+    return (
+        layout.empty_like(u),
+        u.new_empty(batch, dim, A.shape[1], dtype=dtype),
+        u.new_empty(shape, dtype=dtype),
+    )
+
+
+@torch.library.impl("ssmtune::selective_scan_fwd", "CompositeExplicitAutograd")
+def _forward(*args) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (delta_softplus, keep_states, backend) = args[:-3], args[-3:]
+    out, last_state, chunk_states = _allocate_results(*args)
+    implementation(backend).selective_scan_forward(
+        inputs, delta_softplus, out, last_state, chunk_states if keep_states else None
+    )
+    return out, last_state, chunk_states
+
+
+def _allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor | None]:
+    u = inputs[0]
+    dtype = compute_dtype(u)
+    gradients = []
+    for name, tensor, is_wanted in zip(INPUTS, inputs, wanted, strict=True):
+        if not is_wanted:
+            gradients.append(None)
+        elif name in ("u", "delta", "z"):
+            gradients.append(layout.empty_like(tensor, u.dtype))
+        elif name in ("B", "C"):
+            batch, dstate, seqlen = tensor.shape
+            gradients.append(tensor.new_empty(batch, seqlen, dstate, dtype=dtype).transpose(1, 2))
+        else:
+            gradients.append(tensor.new_empty(tensor.shape, dtype=dtype))
+    return gradients
+
+
+def _wanted_gradients(inputs: tuple[Tensor | None, ...], gradients: list[Tensor | None]) -> list[Tensor]:
+    return [
+        gradient.to(tensor.dtype) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None
+    ]
+
+
+@torch.library.register_fake("ssmtune::selective_scan_bwd")
+def _fake_backward(dout, dlast_state, *args) -> list[Tensor]:
+    inputs, wanted = args[:-4], args[-2]
+    return _wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
+
+
+@torch.library.impl("ssmtune::selective_scan_bwd", "CompositeExplicitAutograd")
+def _backward(dout, dlast_state, *args) -> list[Tensor]:
+    inputs, (chunk_states, delta_softplus, wanted, backend) = args[:-4], args[-4:]
+    gradients = _allocate_gradients(inputs, wanted)
+    implementation(backend).selective_scan_backward(dout, dlast_state, inputs, chunk_states, delta_softplus, gradients)
+    return _wanted_gradients(inputs, gradients)
+
+
+def _needs_scan(wanted: tuple[bool, ...]) -> bool:
+    return any(is_wanted and name not in WITHOUT_SCAN for name, is_wanted in zip(INPUTS, wanted, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus, keep_states, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.needs_scan = _needs_scan(ctx.needs_input_grad[: len(INPUTS)])
+    if ctx.needs_scan:
+        if not keep_states:
+            raise RuntimeError(
+                "ssmtune::selective_scan_fwd was called with keep_states=False on tensors that need a gradient.\n"
+                "  The backward scan starts from the states the forward scan keeps. Call ssmtune.selective_scan."
+            )
+        ctx.save_for_backward(*tensors, output[2])
+        return
+    ctx.shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+    u, _, _, _, C, _, z, *_ = tensors
+    ctx.save_for_backward(u if ctx.needs_input_grad[INPUTS.index("D")] else None, C, z)
+
+
+def _autograd(ctx, dout, dlast_state, _) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[: len(INPUTS)])
+    if not ctx.needs_scan:
+        gradients = _gradients_without_scan(ctx, dout, wanted)
+    elif dout is None and dlast_state is None:
+        gradients = [None] * len(INPUTS)
+    else:
+        *inputs, chunk_states = ctx.saved_tensors
+        computed = iter(
+            torch.ops.ssmtune.selective_scan_bwd(
+                dout, dlast_state, *inputs, chunk_states, ctx.delta_softplus, wanted, ctx.backend
+            )
+        )
+        gradients = [next(computed) if is_wanted else None for is_wanted in wanted]
+    return *gradients, None, None, None
+
+
+def _gradients_without_scan(ctx, dout: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
+    gradients = dict.fromkeys(INPUTS)
+    if dout is not None:
+        u, C, z = ctx.saved_tensors
+        shapes = dict(zip(INPUTS, ctx.shapes, strict=True))
+        asked = {name for name, is_wanted in zip(INPUTS, wanted, strict=True) if is_wanted}
+        dtype = compute_dtype(dout)
+        g = dout.to(dtype) if z is None else dout.to(dtype) * F.silu(z.to(dtype))
+        if "D" in asked:
+            gradients["D"] = (g * u.to(dtype)).sum((0, 2))
+        if "state_offset" in asked:
+            C = C.to(dtype).transpose(1, 2)
+            if len(shapes["state_offset"]) == 3:
+                gradients["state_offset"] = g @ C
+            else:
+                # (dim, batch * seqlen) @ (batch * seqlen, dstate)
+                gradients["state_offset"] = g.transpose(0, 1).flatten(1) @ C.flatten(0, 1)
+        if "output_offset" in asked:
+            gradients["output_offset"] = g.sum(2) if len(shapes["output_offset"]) == 2 else g.sum((0, 2))
+    return list(gradients.values())
+
+
+torch.library.register_autograd("ssmtune::selective_scan_fwd", _autograd, setup_context=_setup_context)
+
+
+def _second_derivative(ctx, *gradients):
+    raise RuntimeError(
+        "selective_scan has no second derivatives: its backward pass is a kernel, not a graph.\n"
+        "  Differentiate ssmtune.ops.reference.selective_scan_reference twice instead, or drop create_graph=True."
+    )
+
+
+torch.library.register_autograd("ssmtune::selective_scan_bwd", _second_derivative)
+
+
+selective_scan_fwd = torch.ops.ssmtune.selective_scan_fwd.default

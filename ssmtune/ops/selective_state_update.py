@@ -1,0 +1,103 @@
+"""One decoding step of the selective scan."""
+
+import torch
+from torch import Tensor
+
+from ssmtune.ops import arguments, backends
+from ssmtune.ops.selective_state_update_op import selective_state_update as update
+
+_OPTIONAL = frozenset({"D", "z", "dt_bias", "state_offset", "output_offset"})
+_LAYOUTS = {
+    "x": (("batch", "dim"),),
+    "dt": (("batch", "dim"),),
+    "A": (("dim", "dstate"),),
+    "B": (("batch", "dstate"),),
+    "C": (("batch", "dstate"),),
+    "D": (("dim",),),
+    "z": (("batch", "dim"),),
+    "dt_bias": (("dim",),),
+    "state_offset": (("dim", "dstate"), ("batch", "dim", "dstate")),
+    "output_offset": (("dim",), ("batch", "dim")),
+}
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    state_offset: Tensor | None = None,
+    output_offset: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Advance the state of the selective scan by one step, in place.
+
+        state <- exp(dt A) state + dt B x
+        out    = C (state + state_offset) + D x + output_offset          [* silu(z)]
+
+    The offset is read and never enters the state. The first ten arguments are those of `mamba_ssm`'s function of the
+    same name. There is no gradient.
+
+    Args:
+        state: (batch, dim, dstate). Overwritten with the next state; float32 is updated without a copy.
+        x: (batch, dim). The input, in float32, bfloat16 or float16; float64 runs on the reference.
+        dt: (batch, dim). The step, before `dt_bias` and softplus.
+        A: (dim, dstate). Negative.
+        B: (batch, dstate).
+        C: (batch, dstate).
+        D: (dim,).
+        z: (batch, dim). The gate.
+        dt_bias: (dim,). Added to dt.
+        dt_softplus: whether to take the softplus of dt.
+        state_offset: (dim, dstate) shared by the batch, or (batch, dim, dstate).
+        output_offset: (dim,) shared by the batch, or (batch, dim).
+        backend: "cuda", "triton", "cpu" or "reference" to run there or fail, "auto" to choose. By default what
+            `ssmtune.backend` or SSMTUNE_BACKEND says, else "auto".
+
+    Returns:
+        out (batch, dim) in the dtype of x.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not a real floating-point one.
+        ValueError: a wrong shape, different devices, an empty batch, or an unknown backend.
+        RuntimeError: a tensor requires a gradient while gradients are recorded, or the backend asked for cannot run
+            the call.
+    """
+    op = "selective_state_update"
+    tensors = {
+        "state": state,
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+        "state_offset": state_offset,
+        "output_offset": output_offset,
+    }
+    arguments.check_tensors(op, "state", tensors, _OPTIONAL)
+    arguments.check_dimensions(op, "state", state, ("batch", "dim", "dstate"))
+    batch, dim, dstate = state.shape
+    sizes = {"batch": batch, "dim": dim, "dstate": dstate}
+    for name, layouts in _LAYOUTS.items():
+        arguments.check_shape(op, name, tensors[name], layouts, sizes, "batch, dim and dstate are those of state.")
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} requires a gradient, but the update has none: it overwrites the state in place.\n"
+                    "  Decode under torch.no_grad(). To train through a step call selective_scan on a sequence of "
+                    "length 1\n  with initial_state=state and return_last_state=True."
+                )
+
+    name = backends.choose(op, x.device, x.dtype, backend)
+    return update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, output_offset, name)

@@ -1,0 +1,75 @@
+"""Fixtures of all tests. Without a GPU, Triton kernels run in its interpreter."""
+
+import os
+from pathlib import Path
+
+# before anything imports triton, which reads it once
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import importlib.util
+import random
+import sys
+
+import pytest
+import torch
+
+# the tests are no package: what they share is loaded from its file
+_spec = importlib.util.spec_from_file_location("numerics", Path(__file__).with_name("numerics.py"))
+numerics = importlib.util.module_from_spec(_spec)
+sys.modules.setdefault("numerics", numerics)
+_spec.loader.exec_module(numerics)
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """`assert_close(name, expected, actual, ratio)` of tests/numerics.py."""
+    return numerics.assert_close
+
+
+@pytest.fixture(scope="session")
+def error_ratio():
+    """`error_ratio(expected, actual)` of tests/numerics.py."""
+    return numerics.error_ratio
+
+
+@pytest.fixture
+def tiny_mamba():
+    """A random Mamba: 2 layers, hidden size 32, state size 8, vocabulary 64, float32, in evaluation mode."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        state_size=8,
+        num_hidden_layers=2,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    return MambaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def poison_empty(monkeypatch):
+    """Fill what `torch.empty` and its relatives allocate with NaN, so that a kernel that leaves a hole is found out."""
+
+    def poisoned(allocate):
+        def call(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
