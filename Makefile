@@ -1,0 +1,69 @@
+# make test           from a fresh clone: needs Python 3.10+ (venv, pip), a C++ compiler and the package index
+# make test PY=python3   with an interpreter that has everything already; installs nothing
+#
+# TORCH is given to pip as it stands, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+
+NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+ifdef PY
+INSTALLED := build/.native
+SSMTUNE   := $(PY) -m ssmtune
+else
+PY        := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+SSMTUNE   := $(VENV)/bin/ssmtune
+endif
+
+.PHONY: all demo test bench cuda-check gpu-check style clean
+all: $(INSTALLED)
+
+# every method on one small task, on the CPU: tables and pictures in runs/demo
+demo: $(INSTALLED)
+	$(SSMTUNE) compare mamba-5m --task docstring-package --preset demo --out runs/demo
+
+test: $(INSTALLED)
+	$(PY) -m pytest -q
+
+bench: $(INSTALLED)
+	$(PY) -m benchmarks.selective_scan
+	$(PY) -m benchmarks.training_step
+
+# the GPU kernels compiled for sm_80, sm_90 and sm_100, without a GPU
+cuda-check: $(INSTALLED)
+	$(PY) -m pytest -q tests/triton/test_ahead_of_time.py
+
+# on a machine with a GPU
+gpu-check: $(INSTALLED)
+	$(PY) -m pytest -q -m gpu
+	$(PY) -m benchmarks.selective_scan
+
+style: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	if command -v clang-format >/dev/null; then find csrc -name '*.cpp' -o -name '*.h' | xargs clang-format -i; fi
+
+clean:
+	rm -rf build dist *.egg-info ssmtune/_C.so $(VENV)/.installed
+
+$(VENV)/.requirements: requirements/test.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version), ssmtune needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+	$(VENV)/bin/python -m pip install -q -r requirements/test.txt
+	command -v cmake >/dev/null || $(VENV)/bin/python -m pip install -q cmake
+	command -v ninja >/dev/null || $(VENV)/bin/python -m pip install -q ninja
+	touch $@
+
+# editable: changed Python needs no installing, changed C++ is compiled incrementally in build/cmake
+$(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
+	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build/.native: $(NATIVE)
+	$(PY) setup.py -q build_ext --inplace
+	mkdir -p build
+	touch $@
