@@ -1,0 +1,156 @@
+"""Measurements as tidy CSV: one row for each number, appended to one file for each device."""
+
+import csv
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Summary
+
+FOLDER = Path(__file__).with_name("results")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number."""
+
+    op: str
+    pass_: str  # fwd, bwd, fwdbwd
+    backend: str
+    dtype: str
+    batch: int
+    dim: int
+    seqlen: int
+    dstate: int
+    threads: int
+    variant: str
+    metric: str  # cpu time, wall time, peak memory, error of <result>
+    unit: str
+    median: float
+    p20: float
+    p80: float
+    device: str
+    torch: str
+    ssmtune: str
+    commit: str
+    timestamp: str
+
+
+COLUMNS = tuple(field.name.rstrip("_") for field in fields(Row))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and when a run took place: the last columns of each of its rows."""
+
+    device: str
+    torch: str
+    ssmtune: str
+    commit: str
+    timestamp: str
+
+    def row(self, summary: Summary | float, **columns: str | int) -> Row:
+        """A row of this run."""
+        if not isinstance(summary, Summary):
+            summary = Summary(summary, summary, summary)
+        return Row(**columns, **asdict(summary), **asdict(self))
+
+    def __str__(self) -> str:
+        return " · ".join(
+            (self.device, f"torch {self.torch}", f"ssmtune {self.ssmtune} ({self.commit})", self.timestamp)
+        )
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's with what tells two of one name apart."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info.read_text(), flags=re.MULTILINE))
+    if "model name" not in found:
+        return platform.machine()
+    return f"{found['model name']} {found.get('cpu family', '')}-{found.get('model', '')}"
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../ssmtune", "../csrc", ".", ":!results")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment() -> Environment:
+    """The environment of a run that starts now."""
+    import ssmtune
+
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Environment(device_name(), torch.__version__, ssmtune.__version__, _commit(), now)
+
+
+def default_file(device: str) -> Path:
+    """benchmarks/results/<device>.csv."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".csv")
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a CSV file, with a header where it is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        _check_header(path)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in asdict(row).values())
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a CSV file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    _check_header(path)
+    types = {field.name.rstrip("_"): field.type for field in fields(Row)}
+    with path.open(newline="") as file:
+        return [
+            Row(**{"pass_" if name == "pass" else name: types[name](text) for name, text in record.items()})
+            for record in csv.DictReader(file)
+        ]
+
+
+def latest(rows: Iterable[Row], op: str) -> list[Row]:
+    """The rows of an operator's last run: ratios are taken within one run only."""
+    chosen = [row for row in rows if row.op == op]
+    last = max((row.timestamp for row in chosen), default=None)
+    return [row for row in chosen if row.timestamp == last]
+
+
+def _check_header(path: Path) -> None:
+    with path.open(newline="") as file:
+        header = tuple(next(csv.reader(file), ()))
+    if header != COLUMNS:
+        raise ValueError(
+            f"{path} has the columns {', '.join(header)};\n  expected are {', '.join(COLUMNS)}.\n"
+            "  Name another file with --csv."
+        )

@@ -1,0 +1,178 @@
+"""One timed selective scan: what is called, on which inputs, for which gradients; and what is right for it."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Lap, laps
+from benchmarks.peers import PEERS
+from benchmarks.shapes import FROZEN, FULL, ScanInputs, Shape, make_inputs
+
+OURS = ("cpu", "triton", "cuda", "reference")
+"""Backends of ssmtune.selective_scan; every other backend of a spec is a peer."""
+
+BLOCK_ELEMENTS = 2**24
+"""States of a whole sequence that `expected` handles at once: 128 MiB in float64 for each tensor autograd saves."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A case by name, so that another process can build it.
+
+    `tags` are what differs from the default (channels-last, no state inputs, weights frozen): full, channels-first,
+    initial-state, state-offset, offset-only, avx2.
+    """
+
+    shape: Shape
+    direction: str  # fwd or fwdbwd
+    backend: str = "cpu"
+    tags: tuple[str, ...] = ()
+    device: str = "cpu"
+
+    @property
+    def variant(self) -> str:
+        """The tags as one word of a table."""
+        return " ".join(self.tags) or "default"
+
+    @property
+    def wrt(self) -> tuple[str, ...]:
+        """Names of the inputs whose gradients are asked for."""
+        if self.direction == "fwd":
+            return ()
+        if "offset-only" in self.tags:
+            return ("state_offset",)
+        states = tuple(tag.replace("-", "_") for tag in ("initial-state", "state-offset") if tag in self.tags)
+        return (FULL if "full" in self.tags else FROZEN) + states
+
+    def oracle(self) -> "Spec":
+        """The spec whose results hold those of this one: the same scan, with every gradient there is."""
+        states = (self.has_initial_state, "initial-state"), (self.has_state_offset, "state-offset")
+        return Spec(self.shape, "fwdbwd", "reference", ("full", *(tag for there, tag in states if there)))
+
+    @property
+    def has_initial_state(self) -> bool:
+        return "initial-state" in self.tags
+
+    @property
+    def has_state_offset(self) -> bool:
+        return "state-offset" in self.tags or "offset-only" in self.tags
+
+
+@cache
+def _inputs(shape: Shape) -> ScanInputs:
+    return make_inputs(shape)
+
+
+@cache
+def _channels_first(shape: Shape) -> ScanInputs:
+    return _inputs(shape).channels_first()
+
+
+def forget_inputs() -> None:
+    """Free the inputs that are kept for the next case of the same shape."""
+    _inputs.cache_clear()
+    _channels_first.cache_clear()
+
+
+class ScanCase:
+    """A spec made ready to run."""
+
+    def __init__(self, spec: Spec):
+        self.spec = spec
+        self.label = f"{spec.backend} {spec.direction} {spec.shape} {spec.variant}"
+        self.stages = ("fwd", "bwd") if spec.wrt else ("fwd",)
+        source = _channels_first if "channels-first" in spec.tags else _inputs
+        inputs = source(spec.shape).with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
+        inputs = inputs.to(spec.device).requiring(spec.wrt)
+        self.arguments = inputs.arguments()
+        self.dout = inputs.dout
+        self.leaves = [self.arguments[name] for name in spec.wrt]
+        self.results: list[Tensor] = []
+
+    def scan(self) -> Tensor:
+        """The call that is timed."""
+        if self.spec.backend in OURS:
+            from ssmtune.ops import selective_scan
+
+            return selective_scan(**self.arguments, delta_softplus=True, backend=self.spec.backend)
+        return PEERS[self.spec.backend].scan(**self.arguments)
+
+    def run(self) -> Iterator[None]:
+        """Forward, then backward where gradients are asked for, with a yield after each."""
+        with torch.set_grad_enabled(bool(self.leaves)):
+            out = self.scan()
+        self._wait()
+        yield
+        gradients = ()
+        if self.leaves:
+            gradients = torch.autograd.grad(out, self.leaves, self.dout)
+            self._wait()
+            yield
+        self.results = [out.detach(), *gradients]
+
+    def time(self) -> list[Lap]:
+        measured = laps(self.run())
+        self.results = []
+        return measured
+
+    def values(self) -> tuple[dict[str, Tensor], float]:
+        start = time.perf_counter()
+        for _ in self.run():
+            pass
+        seconds = time.perf_counter() - start
+        results, self.results = self.results, []
+        named = zip(("out", *self.spec.wrt), results, strict=True)
+        return {name: value.cpu() for name, value in named}, seconds
+
+    def _wait(self) -> None:
+        if self.spec.device != "cpu":
+            torch.cuda.synchronize()
+
+
+def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
+    """The float64 recurrence and its gradients by autograd, a block of channels at a time.
+
+    Args:
+        spec: gradients and state inputs are taken from it; its backend does not matter.
+        channels: look at these channels only, which leaves out the gradients that sum over all channels (B and C).
+
+    Returns:
+        "out" and every gradient by name, in float64.
+    """
+    from ssmtune.ops.reference import selective_scan_reference
+
+    inputs = _inputs(spec.shape).with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
+    names = spec.wrt
+    if channels is not None:
+        inputs = inputs.channels(channels)
+        names = tuple(name for name in names if name in ("u", "delta", "z"))
+    batch, dim, seqlen = inputs.u.shape
+    block = max(1, BLOCK_ELEMENTS // (batch * seqlen * spec.shape.dstate))
+    blocks: dict[str, list[Tensor]] = {name: [] for name in ("out", *names)}
+    for start in range(0, dim, block):
+        part = inputs.channels(slice(start, start + block)).to(torch.float64).requiring(names)
+        with torch.set_grad_enabled(bool(names)):
+            out, _ = selective_scan_reference(**part.arguments(), delta_softplus=True)
+        gradients = torch.autograd.grad(out, [part.tensors()[name] for name in names], part.dout) if names else ()
+        for name, value in zip(("out", *names), (out.detach(), *gradients), strict=True):
+            blocks[name].append(value)
+    return {name: _join(name, values) for name, values in blocks.items()}
+
+
+def _join(name: str, values: list[Tensor]) -> Tensor:
+    if name in ("B", "C"):
+        return torch.stack(values).sum(0)
+    return torch.cat(values, dim=1 if name in ("out", "u", "delta", "z") else 0)
+
+
+def memory_probe(spec: Spec) -> Iterator[None]:
+    """For `measure.peak_memory`: one run of a spec, after a tiny one that loads what has to be loaded."""
+    ScanCase(replace(spec, shape=Shape(1, 16, 16, spec.shape.dstate))).values()
+    forget_inputs()
+    case = ScanCase(spec)
+    yield
+    case.values()

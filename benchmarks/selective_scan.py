@@ -1,0 +1,260 @@
+"""Times ssmtune.selective_scan against other implementations of the same scan.
+
+`python -m benchmarks.selective_scan` measures everything and appends its rows to benchmarks/results/<device>.csv;
+with --quick it takes one small shape, needs half a minute and stores nothing.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.capability import RemoteCase, Worker
+from benchmarks.measure import Disagreement, Summary, Times, Verified, interleave, peak_memory, verify
+from benchmarks.peers import usable
+from benchmarks.scan_cases import ScanCase, Spec, expected, forget_inputs, memory_probe
+from benchmarks.shapes import LENGTHS, MAIN, QUADRATIC, QUICK, QUICK_LENGTHS, Shape
+
+OP = "selective_scan"
+PARTS = ("peers", "variants", "quadratic", "lengths", "memory")
+REMOTE_TAG = "avx2"
+FULL_VERIFICATION = 2048
+"""Sequences longer than this are verified on a few channels: the float64 recurrence takes time."""
+
+
+@dataclass
+class Settings:
+    """What one run does."""
+
+    device: str
+    backend: str  # of ssmtune
+    threads: tuple[int, ...]
+    seconds: float
+    quick: bool
+    peers: tuple[str, ...]
+
+
+class Session:
+    """Collects and prints the rows of one run."""
+
+    def __init__(self, settings: Settings, environment: results.Environment, worker: Worker | None):
+        self.settings, self.environment, self.worker = settings, environment, worker
+        self.rows: list[results.Row] = []
+        self.wrong: list[Spec] = []
+
+    def measure(self, specs: Sequence[Spec], threads: Iterable[int], most: int = 40) -> None:
+        """Verify each spec, then time all of them in turns, once for each number of threads."""
+        torch.set_num_threads(max(self.settings.threads))
+        verified = self._verify(specs)
+        for count in threads:
+            torch.set_num_threads(count)
+            if self.worker:
+                self.worker.ask("threads", count)
+            times = interleave(verified, self.settings.seconds, most=most)
+            for entry, sample in zip(verified, times, strict=True):
+                self._record(entry, sample, count)
+        if self.worker:
+            self.worker.ask("forget")
+        forget_inputs()
+
+    def _verify(self, specs: Sequence[Spec]) -> list[Verified]:
+        right: dict[Spec, dict[str, torch.Tensor]] = {}
+        verified = []
+        for spec in specs:
+            case = RemoteCase(self.worker, spec) if REMOTE_TAG in spec.tags else ScanCase(spec)
+            channels = None
+            if spec.shape.seqlen > FULL_VERIFICATION:
+                channels = slice(0, None, max(1, spec.shape.dim // 4))
+            oracle = spec.oracle()
+            if oracle not in right:
+                right[oracle] = expected(oracle, channels)
+            wanted = {name: value for name, value in right[oracle].items() if name == "out" or name in spec.wrt}
+            try:
+                entry = verify(case, wanted, channels)
+            except Disagreement as wrong:
+                self.wrong.append(spec)
+                print(f"error: {wrong}", file=sys.stderr, flush=True)
+                continue
+            verified.append(entry)
+            for name, value in entry.errors.items():
+                self.add(spec, max(self.settings.threads), f"error of {name}", "1", value)
+        return verified
+
+    def _record(self, entry: Verified, times: Times, threads: int) -> None:
+        spec = entry.case.spec
+        for clock in ("cpu", "wall"):
+            self.add(spec, threads, f"{clock} time", "ms", times.summary("total", clock))
+            if len(times.stages) == 2:
+                self.add(replace(spec, direction="bwd"), threads, f"{clock} time", "ms", times.summary("bwd", clock))
+        clock = "cpu" if threads == 1 and self.settings.device == "cpu" else "wall"
+        total = times.summary("total", clock)
+        print(
+            f"  {spec.direction:6}  {spec.shape!s:>16}  {threads}  {spec.backend:12}  {spec.variant:26}"
+            f"{total.median:10.2f} ms  ({total.p20:.2f} to {total.p80:.2f}, n = {len(times.runs)})",
+            flush=True,
+        )
+
+    def add(self, spec: Spec, threads: int, metric: str, unit: str, value: Summary | float) -> None:
+        """Keep one number."""
+        self.rows.append(
+            self.environment.row(
+                value,
+                op=OP,
+                pass_=spec.direction,
+                backend=spec.backend,
+                dtype="float32",
+                batch=spec.shape.batch,
+                dim=spec.shape.dim,
+                seqlen=spec.shape.seqlen,
+                dstate=spec.shape.dstate,
+                threads=threads,
+                variant=spec.variant,
+                metric=metric,
+                unit=unit,
+            )
+        )
+
+
+def _ours(settings: Settings, shape: Shape, direction: str, *tags: str) -> Spec:
+    return Spec(shape, direction, settings.backend, tags, settings.device)
+
+
+def measure_peers(session: Session, shapes: Sequence[Shape]) -> None:
+    """ssmtune and every peer, forward and forward+backward, at each shape."""
+    settings = session.settings
+    there, _ = usable(settings.device)
+    for shape in shapes:
+        specs = [_ours(settings, shape, "fwd"), _ours(settings, shape, "fwdbwd")]
+        for name, peer in there.items():
+            if name not in settings.peers:
+                continue
+            tags = ("channels-first",) if name == "plain C++" else ()
+            specs.append(Spec(shape, "fwd", name, tags, settings.device))
+            if peer.linear_backward:
+                specs.append(Spec(shape, "fwdbwd", name, tags, settings.device))
+        session.measure(specs, settings.threads)
+
+
+def measure_variants(session: Session, shapes: Sequence[Shape]) -> None:
+    """What ssmtune's scan costs with other layouts, state inputs, gradients and instruction sets."""
+    settings = session.settings
+    variants = [("fwd",), ("fwdbwd",), ("fwdbwd", "full"), ("fwdbwd", "offset-only")]
+    variants += [(way, tag) for tag in ("channels-first", "initial-state", "state-offset") for way in ("fwd", "fwdbwd")]
+    if session.worker:
+        variants += [("fwd", REMOTE_TAG), ("fwdbwd", REMOTE_TAG)]
+    for shape in shapes:
+        specs = [_ours(settings, shape, *variant) for variant in variants]
+        if shape == shapes[0] and "unbind loop" in settings.peers:  # for its rounding errors of A, D and delta_bias
+            specs.append(Spec(shape, "fwdbwd", "unbind loop", ("full",)))
+        session.measure(specs, settings.threads)
+
+
+def measure_quadratic(session: Session, shapes: Sequence[Shape]) -> None:
+    """transformers' backward pass, at lengths where one can wait for it, beside two that are linear in seqlen."""
+    settings = session.settings
+    names = [name for name in ("transformers", "unbind loop") if name in settings.peers and name in usable()[0]]
+    for shape in shapes:
+        peers = [Spec(shape, "fwdbwd", name) for name in names]
+        session.measure([_ours(settings, shape, "fwdbwd"), *peers], settings.threads[:1])
+
+
+def measure_lengths(session: Session, shapes: Sequence[Shape]) -> None:
+    """Time against seqlen, ssmtune alone."""
+    for shape in shapes:
+        specs = [_ours(session.settings, shape, direction) for direction in ("fwd", "fwdbwd")]
+        session.measure(specs, session.settings.threads[:1], most=15)
+
+
+def measure_memory(session: Session, shape: Shape) -> None:
+    """Peak memory of each pass, above its inputs, in units of one (batch, dim, seqlen) tensor."""
+    settings = session.settings
+    specs = [_ours(settings, shape, "fwd"), _ours(settings, shape, "fwdbwd"), _ours(settings, shape, "fwdbwd", "full")]
+    specs += [Spec(shape, "fwdbwd", name) for name in ("mambapy", "unbind loop") if name in settings.peers]
+    tensor = 4 * shape.batch * shape.dim * shape.seqlen
+    for spec in specs:
+        value = peak_memory(memory_probe, spec, threads=settings.threads[0]) / tensor
+        session.add(spec, settings.threads[0], "peak memory", "tensors", value)
+        print(
+            f"  {spec.direction:6}  {shape!s:>16}  {spec.backend:12}  {spec.variant:26}{value:10.2f} tensors",
+            flush=True,
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument(
+        "--quick", action="store_true", help="one small shape and short lengths; stores nothing by itself"
+    )
+    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: everything)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 when every case was right and timed, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.selective_scan", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    options = parser.parse_args(argv)
+    return run(options.quick, options.csv, options.device, options.parts)
+
+
+def run(quick: bool, csv: Path | None, device: str, parts: Sequence[str]) -> int:
+    """Measure, print, and append to a file."""
+    from ssmtune.ops import available_backends
+
+    backend = "cpu" if device == "cpu" else "reference"
+    reason = available_backends(OP).get(backend)
+    if reason is not None:
+        print(f"error: backend '{backend}' cannot be measured: {reason}", file=sys.stderr)
+        return 1
+    there, missing = usable(device)
+    environment = results.environment()
+    print(environment)
+    for name, why in missing.items():
+        print(f"  left out: {name}: {why}")
+    most = torch.get_num_threads()
+    settings = Settings(device, backend, (1, 2) if most > 1 else (1,), 0.1 if quick else 0.5, quick, tuple(there))
+    with _other_capability(device) as worker:
+        session = Session(settings, environment, worker)
+        for part in parts:
+            print(part)
+            _measure_part(session, part)
+    if csv or not quick:
+        path = csv or results.default_file(environment.device)
+        results.append(path, session.rows)
+        print(f"{len(session.rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
+    return 1 if session.wrong else 0
+
+
+def _measure_part(session: Session, part: str) -> None:
+    quick = session.settings.quick
+    shapes = QUICK if quick else MAIN
+    if part == "peers":
+        measure_peers(session, shapes)
+    elif part == "variants":
+        measure_variants(session, shapes)
+    elif part == "quadratic" and session.settings.device == "cpu":
+        measure_quadratic(session, [replace(shape, dim=64) for shape in QUADRATIC] if quick else QUADRATIC)
+    elif part == "lengths":
+        measure_lengths(session, QUICK_LENGTHS if quick else LENGTHS)
+    elif part == "memory" and session.settings.device == "cpu":
+        measure_memory(session, shapes[0] if quick else MAIN[2])
+
+
+def _other_capability(device: str) -> Worker | nullcontext:
+    from ssmtune import native
+
+    if device != "cpu" or native.cpu_capability() != "avx512":
+        return nullcontext()
+    return Worker(REMOTE_TAG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+import pytest
+
+from benchmarks.measure import verify
+from benchmarks.peers import PEERS, plain_scan, usable
+from benchmarks.scan_cases import ScanCase, Spec, expected
+from benchmarks.shapes import FULL, Shape, make_inputs
+
+SHAPES = [Shape(2, 20, 33, 8), Shape(1, 16, 64, 16)]
+
+
+def usable_peer(name: str):
+    reason = PEERS[name].why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return PEERS[name]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["mambapy", "unbind loop", "transformers"])
+def test_peer_agrees_with_the_recurrence_in_value_and_every_gradient(name, shape):
+    usable_peer(name)
+    spec = Spec(shape, "fwdbwd", name, ("full",))
+    verified = verify(ScanCase(spec), expected(spec.oracle()))
+    assert set(verified.errors) == {"out", *FULL}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_plain_cpp_agrees_with_the_recurrence(shape):
+    usable_peer("plain C++")
+    spec = Spec(shape, "fwd", "plain C++", ("channels-first",))
+    assert set(verify(ScanCase(spec), expected(spec)).errors) == {"out"}
+
+
+def test_plain_cpp_refuses_channels_last_rather_than_copy():
+    usable_peer("plain C++")
+    with pytest.raises(ValueError, match="channels_first"):
+        plain_scan.scan(**make_inputs(SHAPES[0]).with_only().arguments())
+
+
+def test_usable_gives_a_reason_for_each_peer_it_leaves_out(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    there, missing = usable("cpu")
+    assert "plain C++" not in there
+    assert "no C++ compiler" in missing["plain C++"]
+    assert "mamba_ssm" not in {**there, **missing}
