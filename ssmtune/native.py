@@ -24,8 +24,9 @@ def load() -> None:
         return
     if not LIBRARY.is_file():
         _reason = (
-            f"not built: {LIBRARY} is missing. With a C++ compiler on PATH, reinstall with\n"
-            "  SSMTUNE_BUILD=require pip install -v ssmtune, or `make` in a checkout, which show what fails"
+            f"not built: {LIBRARY} is missing\n"
+            "  Install a C++ compiler, then run `SSMTUNE_BUILD=require pip install -v .` in the source folder:\n"
+            "  it builds the kernels or says what it lacks."
         )
         return
 
@@ -36,7 +37,7 @@ def load() -> None:
     except (OSError, RuntimeError) as error:
         _reason = (
             f"{LIBRARY} does not load with torch {torch.__version__}: {str(error).splitlines()[0]}\n"
-            "  It needs torch >= 2.10 and the machine type it was built on; reinstall ssmtune to build it again."
+            "  It needs torch >= 2.10 and the kind of machine it was built on; reinstall ssmtune to build it again."
         )
         return
     _loaded = True

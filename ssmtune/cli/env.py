@@ -20,6 +20,11 @@ examples:
 
 PACKAGES = ("torch", "transformers", "peft", "triton", "numpy", "mamba_ssm", "causal_conv1d")
 OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d")
+REMEDIES = {
+    "c++": "apt install g++, or set CXX to a compiler",
+    "cmake": "pip install cmake",
+    "ninja": "pip install ninja (without it make is used)",
+}
 VARIABLES = ("SSMTUNE_", "TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -100,14 +105,15 @@ def render(report: dict) -> str:
         rows.append(("kernels", f"compiled, running {native['capability']} instructions"))
     else:
         rows.append(("kernels", native["why_not"]))
-        rows += [(f"  {name}", path or hint) for name, (path, hint) in native["build_tools"].items()]
+        rows += [(f"  {name}", path or f"missing: {REMEDIES[name]}") for name, path in native["build_tools"].items()]
     rows += [(name, value) for name, value in report["variables"].items()]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{value}" for name, value in rows]
 
     for operator, backends in report["backends"].items():
         lines.append(f"\n{operator}")
-        lines += [f"  {name:<{width - 2}}{reason or 'available'}" for name, reason in backends.items()]
+        for name, reason in backends.items():
+            lines.append(f"  {name:<{width - 2}}{(reason or 'available').splitlines()[0]}")
     return "\n".join(lines)
 
 
@@ -128,15 +134,11 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _build_tools() -> dict[str, tuple[str | None, str]]:
-    """What building the kernels takes: for each tool its path or None, and how to get it."""
+def _build_tools() -> dict[str, str | None]:
+    """Where each tool is that building the kernels takes; None where it is missing."""
     beside_python = str(Path(sys.executable).parent)
 
     def find(*names: str) -> str | None:
         return next((p for n in names for p in (shutil.which(n), shutil.which(n, path=beside_python)) if p), None)
 
-    return {
-        "c++": (find(os.environ.get("CXX", "c++"), "g++", "clang++"), "missing: apt install g++, or set CXX"),
-        "cmake": (find("cmake"), "missing: pip install cmake"),
-        "ninja": (find("ninja"), "missing, make is used: pip install ninja"),
-    }
+    return {"c++": find(os.environ.get("CXX", "c++"), "g++", "clang++"), "cmake": find("cmake"), "ninja": find("ninja")}

@@ -1,0 +1,117 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssmtune import native
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_library = pytest.mark.skipif(not native.LIBRARY.is_file(), reason="ssmtune/_C.so is not built")
+needs_binutils = pytest.mark.skipif(
+    not (shutil.which("nm") and shutil.which("readelf")), reason="nm and readelf are not installed"
+)
+
+
+def output_of(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def run_python(code, **environment):
+    environment = {**os.environ, "SSMTUNE_LAZY": "1", "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_built_where_the_build_was_required():
+    if os.environ.get("SSMTUNE_BUILD") != "require":
+        pytest.skip("SSMTUNE_BUILD is not 'require'")
+    assert native.is_loaded(), native.why_not()
+
+
+@needs_library
+@needs_binutils
+def test_library_is_bound_to_no_python_and_no_path():
+    undefined = output_of("nm", "-D", "--undefined-only", str(native.LIBRARY))
+    assert not re.findall(r"\b_?Py[A-Z_]\w*", undefined)
+    dynamic = output_of("readelf", "-d", str(native.LIBRARY))
+    assert not re.findall(r"RPATH|RUNPATH", dynamic)
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", dynamic))
+    # the C and C++ runtimes, and one library of torch: in particular no libpython, libc10 or libgomp
+    system = {"libstdc++.so.6", "libm.so.6", "libc.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2"}
+    assert needed - system == {"libtorch_cpu.so"}
+
+
+@needs_library
+@needs_binutils
+def test_library_uses_only_the_stable_interface_of_torch():
+    # anything else of torch is mangled C++, which changes from release to release
+    undefined = output_of("nm", "-D", "--undefined-only", str(native.LIBRARY)).split()
+    torch_symbols = {name for name in undefined if re.search(r"aoti_|torch_|_ZN?K?(2at|3c10|5torch)", name)}
+    assert torch_symbols
+    assert {name for name in torch_symbols if not name.startswith(("aoti_torch_", "torch_"))} == set()
+
+
+@needs_binutils
+def test_instruction_sets_share_no_code():
+    # a function defined in two of them would be merged by the linker, and a machine without AVX-512 might run its copy
+    folders = {path.name: path for path in (ROOT / "build" / "cmake" / "CMakeFiles").glob("kernels_*.dir")}
+    if len(folders) < 2:
+        pytest.skip("the kernels were not built in build/cmake for several instruction sets")
+    defined = {}
+    for name, folder in folders.items():
+        symbols = output_of("nm", "--defined-only", *map(str, folder.rglob("*.o"))).splitlines()
+        defined[name] = {match[1] for line in symbols if (match := re.search(r" [VWu] (\S+)$", line))}
+    for name in folders:
+        others = set().union(*(symbols for other, symbols in defined.items() if other != name))
+        assert defined[name] & others == set()
+
+
+@needs_library
+def test_loads_and_names_its_instruction_set():
+    if os.environ.get("SSMTUNE_NO_NATIVE"):
+        pytest.skip("SSMTUNE_NO_NATIVE is set")
+    assert native.is_loaded()
+    assert native.why_not() is None
+    assert native.cpu_capability() in ("avx512", "avx2", "default")
+
+
+def test_switched_off():
+    code = """
+from ssmtune import native
+native.load()
+assert not native.is_loaded()
+assert native.cpu_capability() is None
+print(native.why_not())
+"""
+    assert "SSMTUNE_NO_NATIVE" in run_python(code, SSMTUNE_NO_NATIVE="1")
+
+
+def test_switched_off_the_reference_runs():
+    code = """
+import torch
+from ssmtune.ops import available_backends, selective_scan
+reasons = available_backends("selective_scan")
+assert "SSMTUNE_NO_NATIVE" in reasons["cpu"] and reasons["reference"] is None
+u, B = torch.ones(1, 2, 3), torch.ones(1, 4, 3)
+out = selective_scan(u, u, -torch.ones(2, 4), B, B)
+assert out.shape == (1, 2, 3) and out.isfinite().all()
+"""
+    run_python(code, SSMTUNE_NO_NATIVE="1")
+
+
+def test_library_that_does_not_load(tmp_path, monkeypatch):
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    monkeypatch.setattr(native, "_loaded", False)
+    monkeypatch.setattr(native, "_reason", None)
+    monkeypatch.delenv("SSMTUNE_NO_NATIVE", raising=False)
+    assert not native.is_loaded()
+    assert str(broken) in native.why_not()
+    assert "reinstall" in native.why_not()
