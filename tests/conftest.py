@@ -17,7 +17,7 @@ import torch
 # the tests are no package: what they share is loaded from its file
 _spec = importlib.util.spec_from_file_location("numerics", Path(__file__).with_name("numerics.py"))
 numerics = importlib.util.module_from_spec(_spec)
-sys.modules.setdefault("numerics", numerics)
+sys.modules["numerics"] = numerics
 _spec.loader.exec_module(numerics)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

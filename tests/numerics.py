@@ -1,6 +1,5 @@
 """How tests compare numbers."""
 
-import torch
 from torch import Tensor
 
 

@@ -1,0 +1,97 @@
+"""Inputs of the operators, in every layout, and the backends they run on."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmtune import native
+
+SEQUENCES = ("u", "delta", "B", "C", "z")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request) -> str:
+    """Each backend that runs on this machine."""
+    if request.param == "cpu":
+        request.getfixturevalue("native_kernels")
+    return request.param
+
+
+@pytest.fixture
+def native_kernels() -> None:
+    """Skip where the compiled kernels are not there."""
+    if not native.is_loaded():
+        pytest.skip(f"compiled kernels: {native.why_not()}")
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """Return the same values in another memory layout: first, last, row-strided first or last, or dense nowhere."""
+    batch, dim, seqlen = x.shape
+    if layout == "last":
+        target = x.new_zeros(batch, seqlen, dim).transpose(1, 2)
+    elif layout == "last-strided":
+        target = x.new_zeros(batch, seqlen, dim + 3)[:, :, 1:-2].transpose(1, 2)
+    elif layout == "first-strided":
+        target = x.new_zeros(batch, dim, seqlen + 3)[:, :, 1:-2]
+    elif layout == "odd":
+        target = x.new_zeros(batch, 2 * dim, 3 * seqlen)[:, ::2, ::3]
+    else:
+        target = x.new_zeros(batch, dim, seqlen)
+    return target.copy_(x)
+
+
+@pytest.fixture(scope="session")
+def scan_inputs() -> Callable[..., dict[str, Tensor]]:
+    """A factory of the tensors of a scan.
+
+    `optional` names the optional tensors to make, `per_row` those with a row of their own for each sequence. Without
+    `delta_softplus` the steps are positive already.
+    """
+
+    def make(
+        batch: int,
+        dim: int,
+        seqlen: int,
+        dstate: int,
+        *,
+        optional=("D", "z", "delta_bias", "initial_state", "state_offset", "output_offset"),
+        per_row=(),
+        layouts=None,
+        delta_softplus: bool = True,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+        def maybe_per_row(name: str, *shape: int) -> Tensor:
+            return normal(batch, *shape) if name in per_row else normal(*shape)
+
+        values = {
+            "u": normal(batch, dim, seqlen),
+            "delta": 0.5 * normal(batch, dim, seqlen) - 1,
+            "A": -torch.exp(0.5 * normal(dim, dstate)),
+            "B": normal(batch, dstate, seqlen),
+            "C": normal(batch, dstate, seqlen),
+            "D": normal(dim),
+            "z": normal(batch, dim, seqlen),
+            "delta_bias": 0.5 * normal(dim),
+            "initial_state": maybe_per_row("initial_state", dim, dstate),
+            "state_offset": maybe_per_row("state_offset", dim, dstate),
+            "output_offset": maybe_per_row("output_offset", dim),
+        }
+        if not delta_softplus:
+            values["delta"] = values["delta"].exp()
+            values["delta_bias"] = values["delta_bias"].abs()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return {
+            name: lay_out(value.to(dtype), (layouts or {}).get(name, "last")) if name in SEQUENCES else value.to(wide)
+            for name, value in values.items()
+            if name in ("u", "delta", "A", "B", "C") or name in optional
+        }
+
+    return make
