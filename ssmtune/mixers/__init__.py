@@ -1,0 +1,16 @@
+"""How each model architecture drives the operators: one file per architecture, patched onto model instances."""
+
+from .patching import PatchSummary, find_mixers, patch, patch_mixer, supports, unpatch, unpatch_mixer
+from .state_inputs import StateAdapter, StateInputs
+
+__all__ = [
+    "PatchSummary",
+    "StateAdapter",
+    "StateInputs",
+    "find_mixers",
+    "patch",
+    "patch_mixer",
+    "supports",
+    "unpatch",
+    "unpatch_mixer",
+]

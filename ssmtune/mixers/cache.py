@@ -1,0 +1,57 @@
+"""Reading and writing a mixer's states in a transformers cache.
+
+A cache holds, for each mixer, the last `conv_kernel_size` inputs of the convolution and the recurrent state. Its
+updates copy into tensors that stay where they are, which suits CUDA graphs but not autograd: with gradients on, what is
+read is a copy, and what cannot be written to is replaced before it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def read_states(cache: Any, layer_idx: int, conv_kernel_size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Read where the previous call stopped.
+
+    Args:
+        cache: a transformers `Cache`, or None.
+        layer_idx: the layer of the mixer in the cache.
+        conv_kernel_size: the width of the convolution.
+
+    Returns:
+        The inputs (batch, dim, conv_kernel_size - 1) left of the convolution, and the recurrent state (batch, dim,
+        dstate); both None when the sequence starts here. With gradients off the state is the cache's own tensor.
+    """
+    if cache is None:
+        return None, None
+    window = cache.get_conv_state(layer_idx)
+    state = cache.get_recurrent_state(layer_idx)
+    context = None
+    if window is not None:
+        # The cache keeps one column more than the convolution looks back, or everything while it records the past.
+        width = conv_kernel_size - 1
+        context = window[..., max(window.shape[-1] - width, 0) :]
+        if context.shape[-1] < width:
+            context = F.pad(context, (width - context.shape[-1], 0))
+    if torch.is_grad_enabled():
+        context = None if context is None else context.clone()
+        state = None if state is None else state.clone()
+    return context, state
+
+
+def write_conv_inputs(cache: Any, layer_idx: int, x: Tensor, conv_kernel_size: int) -> None:
+    """Append the inputs (batch, dim, seqlen) of the convolution to the cache."""
+    if torch.is_grad_enabled():
+        _replace_unwritable(cache.layers[layer_idx])
+    cache.update_conv_state(x, layer_idx, conv_kernel_size=conv_kernel_size)
+
+
+def _replace_unwritable(layer: Any) -> None:
+    for states in (layer.conv_states, layer.recurrent_states):
+        for index, state in states.items():
+            if state is not None and ((state.requires_grad and state.is_leaf) or state.is_inference()):
+                states[index] = state.clone()

@@ -1,0 +1,145 @@
+"""The forward pass that the mixers of the Mamba-1 family share, channels-last from the first projection to the last."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmtune import ops
+
+from .cache import read_states, write_conv_inputs
+from .state_inputs import sum_state_inputs
+
+# softplus of it is exactly zero whatever the bias, and every half type can hold it.
+_CLOSED = -1e4
+
+
+class SelectiveMixer(nn.Module):
+    """A transformers mixer whose forward pass runs on `ssmtune.ops`.
+
+    Mixed into a transformers class by one small class per architecture, which names that class in `original_class` and
+    forwards to `mix`. It adds neither parameters nor attributes, so that an instance changes by its class alone.
+    """
+
+    original_class: ClassVar[type[nn.Module]]
+
+    def mix(self, hidden_states: Tensor, cache: Any | None, attention_mask: Tensor | None) -> Tensor:
+        """Run the mixer on hidden states, starting from what the cache holds.
+
+        Every projection is called as a module, so that an adapter on any of them takes effect. The one exception is a
+        `dt_proj` that is a plain `nn.Linear`: its bias goes to the scan, which adds it in float32. A bfloat16 sum near
+        -6, where trained biases lie, would be off by 1.5 % of the step size. A wrapped `dt_proj` adds its bias itself,
+        in the precision of the model.
+
+        Args:
+            hidden_states: (batch, seqlen, hidden_size).
+            cache: a transformers `Cache`, read and updated in place; None runs the sequence on its own.
+            attention_mask: (batch, seqlen) or longer, then its last columns count. Zero marks a pad: it enters neither
+                the convolution nor the state.
+
+        Returns:
+            (batch, seqlen, hidden_size).
+        """
+        batch, seqlen, _ = hidden_states.shape
+        pads = find_pads(attention_mask, batch, seqlen)
+        inputs = sum_state_inputs(self)
+        context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
+
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if pads is not None:
+            # After the projection rather than before it: its bias must not reach the convolution.
+            x = x.masked_fill(pads, 0)
+        x, z = x.transpose(1, 2), z.transpose(1, 2)
+        u = self.convolve(x, context)
+        if cache is not None:
+            write_conv_inputs(cache, self.layer_idx, x, self.conv_kernel_size)
+
+        dt, B, C = self.x_proj(u.transpose(1, 2)).split(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
+        )
+        dt, B, C = self.normalize(dt, B, C)
+        delta, delta_bias = self.project_time_step(dt)
+        if pads is not None:
+            # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
+            delta = delta.masked_fill(pads, _CLOSED)
+        delta, B, C = delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+        if seqlen == 1 and state is not None and not torch.is_grad_enabled():
+            y = ops.selective_state_update(
+                state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], self.D,
+                z=z[..., 0], dt_bias=delta_bias, dt_softplus=True,
+                state_offset=inputs.state_offset, output_offset=inputs.output_offset,
+            ).unsqueeze(1)  # fmt: skip
+        else:
+            y = ops.selective_scan(
+                u, delta, A, B, C, self.D,
+                z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=cache is not None,
+                initial_state=inputs.initial_state if state is None else state,
+                state_offset=inputs.state_offset, output_offset=inputs.output_offset,
+            )  # fmt: skip
+            if cache is not None:
+                y, last_state = y
+                cache.update_recurrent_state(last_state, self.layer_idx)
+            y = y.transpose(1, 2)
+        return self.out_proj(y)
+
+    def convolve(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Causal convolution and activation of (batch, dim, seqlen), with the inputs left of it or zeros."""
+        conv = self.conv1d
+        silu = self.activation in ("silu", "swish")
+        if _is_plain(conv, nn.Conv1d):
+            u = ops.causal_conv1d(
+                x, conv.weight.squeeze(1), conv.bias, initial_states=context, activation="silu" if silu else None
+            )
+            return u if silu else self.act(u)
+        # The module pads by conv_kernel_size - 1 on both sides; its output i ends at input i.
+        start = 0 if context is None else context.shape[-1]
+        if context is not None:
+            x = torch.cat([context.to(x.dtype), x], dim=-1)
+        return self.act(conv(x)[..., start : x.shape[-1]])
+
+    def normalize(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What an architecture does to dt (batch, seqlen, rank), B and C (batch, seqlen, dstate): here nothing."""
+        return dt, B, C
+
+    def project_time_step(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The time step per channel (batch, seqlen, dim), and the bias that the scan still has to add to it."""
+        dt_proj = self.dt_proj
+        if _is_plain(dt_proj, nn.Linear):
+            return F.linear(dt, dt_proj.weight), dt_proj.bias
+        return dt_proj(dt), None
+
+
+def find_pads(attention_mask: Tensor | None, batch: int, seqlen: int) -> Tensor | None:
+    """Where the pads are, (batch, seqlen, 1), or None when there are none.
+
+    A mask of ones is recognised, and then costs nothing, only where looking is free: not on a GPU, which would have to
+    be waited for, and not while a graph is being traced.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seqlen:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, seqlen) = {(batch, seqlen)}.\n"
+            "  The mask marks the pads of the hidden states. Pass one column per token, or None when there are no pads."
+        )
+    # The tokens at hand are the last ones of a mask that covers the cached tokens too.
+    attention_mask = attention_mask[:, attention_mask.shape[1] - seqlen :]
+    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        return None
+    return (attention_mask == 0).unsqueeze(-1)
+
+
+def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether reading the parameters of a module does all that calling it would: no adapter, hook or offloading."""
+    return type(module) is cls and not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
