@@ -1,0 +1,17 @@
+"""State-based fine-tuning methods as peft tuners, registered with peft when this package is imported."""
+
+from ssmtune.tuners.initial_state import InitialStateConfig, InitialStateLayer, InitialStateModel
+from ssmtune.tuners.registration import register
+from ssmtune.tuners.state_offset import StateOffsetConfig, StateOffsetLayer, StateOffsetModel
+
+register("state_offset", StateOffsetConfig, StateOffsetModel)
+register("initial_state", InitialStateConfig, InitialStateModel)
+
+__all__ = [
+    "InitialStateConfig",
+    "InitialStateLayer",
+    "InitialStateModel",
+    "StateOffsetConfig",
+    "StateOffsetLayer",
+    "StateOffsetModel",
+]

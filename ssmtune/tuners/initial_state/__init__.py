@@ -1,0 +1,7 @@
+"""Initial State Tuning."""
+
+from ssmtune.tuners.initial_state.config import InitialStateConfig
+from ssmtune.tuners.initial_state.layer import InitialStateLayer
+from ssmtune.tuners.initial_state.model import InitialStateModel
+
+__all__ = ["InitialStateConfig", "InitialStateLayer", "InitialStateModel"]

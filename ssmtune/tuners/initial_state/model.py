@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from ssmtune.tuners.initial_state.layer import InitialStateLayer
+from ssmtune.tuners.state_tuner import StateTunerModel
+
+
+class InitialStateModel(StateTunerModel):
+    """The tuner of Initial State Tuning; see `InitialStateConfig`."""
+
+    prefix = InitialStateLayer.prefix
+    tuner_layer_cls = InitialStateLayer
+    child_name = "start_adapter"
+    merge_remedy = (
+        "Keep the adapter beside the model, hand the state over in a starting cache, or call unload() to have the "
+        "model without it."
+    )

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ssmtune.tuners.registration import add_peft_type
+from ssmtune.tuners.state_tuner import StateTunerConfig
+
+
+@dataclass
+class StateOffsetConfig(StateTunerConfig):
+    """Config of State-offset Tuning: a trained offset, read at every step, carried by none.
+
+        target "h":  y_t = C_t (h_t + offset) + D u_t         offset (dim, dstate), or B A of a rank
+        target "y":  y_t = C_t h_t + D u_t + offset           offset (dim,)
+
+    Args:
+        target: "h" or "y".
+        rank: None for a whole matrix, or the rank of a low-rank one. Only with target "h".
+        alpha: scales the low-rank product by alpha / rank.
+        init_weights: start at zero.
+        target_modules: mixers to adapt; all if None.
+        exclude_modules: mixers to leave alone.
+        layers_to_transform: layers to adapt; all if None.
+        layers_pattern: where layers_to_transform counts.
+        modules_to_save: other modules trained in full.
+
+    Raises:
+        ValueError: a value is unknown, out of range, or does not go with another.
+
+    Source: Kang et al., State-offset Tuning: State-based Parameter-Efficient Fine-Tuning for State Space Models, 2025.
+    """
+
+    target: str = field(
+        default="h",
+        metadata={"help": "h adds a (dim, dstate) offset to the state where it is read, y a (dim,) one to the output."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = add_peft_type("STATE_OFFSET")
+        if self.target not in ("h", "y"):
+            raise ValueError(
+                f"target must be 'h' or 'y', got {self.target!r}.\n"
+                "  'h' adds an offset to the state where it is read, 'y' to the output of the scan."
+            )
+        if self.target == "y" and self.rank is not None:
+            raise ValueError(
+                f"rank={self.rank} does not go with target 'y': that offset is a vector, which has no rank.\n"
+                "  Leave rank out, or use target 'h'."
+            )
