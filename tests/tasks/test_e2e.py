@@ -1,0 +1,113 @@
+import csv
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ssmtune.tasks import load_task
+from ssmtune.tasks.e2e import FILES, prompt
+from ssmtune.tasks.generation import corpus_bleu, rouge_l
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "tasks.tar.xz"
+ROWS = {
+    "train": [("name[The Mill], area[riverside]", "The Mill is by the river."), ("name[The Mill]", "Try The  Mill.")],
+    "dev": [("name[Zizzi]", "Zizzi exists."), ("name[Zizzi]", "There is Zizzi."), ("name[Aromi]", "Aromi, a place.")],
+    "test": [("name[Wildwood]", "Wildwood it is."), ("name[Wildwood]", "Go to Wildwood.")],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, rows in ROWS.items():
+        # The official files spell the header in two ways.
+        with (tmp_path / FILES[split]).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("MR", "ref") if split == "test" else ("mr", "ref"))
+            writer.writerows(rows)
+    return tmp_path
+
+
+def test_e2e_pairs_train_and_groups_the_rest(folder):
+    task = load_task("e2e", folder)
+    assert task.sizes() == {"train": 2, "dev": 2, "test": 1}
+    assert task.train[0].prompt == "Facts: name is The Mill; area is riverside\nIn words:"
+    assert task.train[1].target == " Try The Mill."
+    assert task.dev[0].references == ("Zizzi exists.", "There is Zizzi.")
+
+
+def test_e2e_reads_the_release_zip_and_a_folder_above(folder, tmp_path_factory):
+    above = tmp_path_factory.mktemp("release")
+    with zipfile.ZipFile(above / "e2e-dataset.zip", "w") as archive:
+        for name in FILES.values():
+            archive.write(folder / name, f"e2e-dataset/{name}")
+    expected = load_task("e2e", folder)
+    assert load_task("e2e", above / "e2e-dataset.zip") == expected == load_task("e2e", above)
+    assert load_task("e2e", folder.parent / folder.name) == expected
+
+
+def test_e2e_names_what_is_missing(folder, tmp_path):
+    (folder / "devset.csv").unlink()
+    with pytest.raises(ValueError, match=r"lacks devset\.csv"):
+        load_task("e2e", folder)
+    with pytest.raises(ValueError, match="no --data-dir was given"):
+        load_task("e2e")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_task("e2e", tmp_path / "nowhere")
+
+
+def test_prompt_names_every_slot():
+    said = prompt("name[A, b], customer rating[5 out of 5]")
+    assert said == "Facts: name is A, b; customer rating is 5 out of 5\nIn words:"
+
+
+def test_bleu_and_rouge_are_the_packages_own_output(tmp_path):
+    from rouge_score import rouge_scorer
+
+    hypotheses = ["A pub by the river called The Mill.", "Zizzi serves cheap food.", "It is Wildwood, a good pub."]
+    references = [
+        ("The Mill is a pub by the river.", "By the river is The Mill, a pub."),
+        ("Zizzi serves cheap Italian food.",),
+        ("Wildwood is a good pub.", "A good pub is Wildwood.", "It is Wildwood, a pub."),
+    ]
+    # Missing references are empty lines in the files that the command line tool takes.
+    (tmp_path / "hyp").write_text("\n".join(hypotheses) + "\n")
+    names = []
+    for k in range(3):
+        names.append(str(tmp_path / f"ref{k}"))
+        Path(names[-1]).write_text("\n".join(row[k] if k < len(row) else "" for row in references) + "\n")
+    said = subprocess.run(
+        [sys.executable, "-m", "sacrebleu", *names, "-i", str(tmp_path / "hyp"), "-b", "-w", "6"],
+        capture_output=True, text=True, check=True,
+    ).stdout
+    assert corpus_bleu(hypotheses, references) == pytest.approx(float(said), abs=1e-6)
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    best = [
+        max(scorer.score(reference, text)["rougeL"].fmeasure for reference in row)
+        for text, row in zip(hypotheses, references, strict=True)
+    ]
+    assert rouge_l(hypotheses, references) == pytest.approx(100 * sum(best) / 3)
+
+
+def test_evaluate_compares_one_line_with_all_references(folder, monkeypatch):
+    task = load_task("e2e", folder)
+    said = {"name is Zizzi": " There is Zizzi.\nFacts: more", "name is Aromi": " Aromi, a place."}
+    monkeypatch.setattr(
+        "ssmtune.generation.generate_texts",
+        lambda model, tokenizer, prompts, **options: [said[p.split("\n")[0].removeprefix("Facts: ")] for p in prompts],
+    )
+    assert task.evaluate(None, None, task.dev) == {"bleu": pytest.approx(100), "rouge_l": pytest.approx(100)}
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the E2E release is not at hand")
+def test_e2e_reads_the_official_release(tmp_path):
+    with tarfile.open(DATA) as archive:
+        members = [m for m in archive.getmembers() if m.name.startswith("e2e/") and m.name.endswith(".csv")]
+        archive.extractall(tmp_path, members=members, filter="data")
+    task = load_task("e2e", tmp_path)
+    assert task.sizes() == {"train": 42061, "dev": 547, "test": 630}
+    assert sum(len(example.references) for example in task.test) == 4693
+    assert all("[" not in example.prompt for example in task.test)
