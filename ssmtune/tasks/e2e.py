@@ -39,8 +39,8 @@ def e2e_task(data_dir: str | Path | None) -> GenerationTask:
         train=[_example(meaning, (reference,)) for meaning, reference in pairs["train"]],
         dev=_grouped(pairs["dev"]), test=_grouped(pairs["test"]),
         max_new_tokens=80, max_length=256,
-        description="E2E NLG: restaurant attributes to a sentence, greedy decoding; corpus BLEU (sacrebleu) against all "
-        "references",
+        description="E2E NLG: restaurant attributes to a sentence, greedy decoding; corpus BLEU (sacrebleu) "
+        "against all references",
     )
 
 
