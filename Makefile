@@ -63,7 +63,10 @@ $(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+# CMake alone: the interpreter may have no setuptools, or one too old
 build/.native: $(NATIVE)
-	$(PY) setup.py -q build_ext --inplace
 	mkdir -p build
+	[ "$(SSMTUNE_BUILD)" = off ] || \
+		{ cmake -S . -B build/cmake -DPython_EXECUTABLE="$$(command -v $(PY))" -DSSMTUNE_OUTPUT_DIR="$(CURDIR)/ssmtune" && \
+		cmake --build build/cmake --parallel $$(nproc); } || [ "$(SSMTUNE_BUILD)" != require ]
 	touch $@

@@ -83,9 +83,15 @@ class BuildNative(build_ext):
         try:
             self.compile()
         except (OSError, subprocess.CalledProcessError) as error:
+            # one of an earlier build may not fit the Python code any more
+            self.target().unlink(missing_ok=True)
             if MODE == "require":
                 raise SystemExit(f"ssmtune: the compiled kernels did not build: {error}") from error
             warn(f"the compiled kernels did not build ({error})")
+
+    def target(self):
+        in_place = self.inplace or self.editable_mode
+        return (ROOT if in_place else Path(self.build_lib)) / "ssmtune" / "_C.so"
 
     def compile(self):
         # one fixed folder, so that every way of installing rebuilds only what changed
@@ -105,8 +111,7 @@ class BuildNative(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2)
         subprocess.run([tool("cmake"), "--build", str(build), "--parallel", jobs], check=True)
 
-        in_place = self.inplace or self.editable_mode
-        target = (ROOT if in_place else Path(self.build_lib)) / "ssmtune" / "_C.so"
+        target = self.target()
         target.parent.mkdir(parents=True, exist_ok=True)
         # replaced, not overwritten: a running process may have the old one mapped
         shutil.copy2(output / "_C.so", target.with_suffix(".new"))
