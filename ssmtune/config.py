@@ -70,7 +70,7 @@ class TrainConfig:
     clip: float = _option(1.0, "largest gradient norm", above=0)
     seed: int = _option(0, "seed of initialisation, data order and dropout", minimum=0)
     dtype: str = _option("float32", "type of the base weights; adapters are always float32",
-                         choices=("float32", "bfloat16", "float16"))
+                         choices=("float32", "bfloat16"))
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: slower, less memory")
     log_every: int = _option(10, "steps between lines of metrics.jsonl", minimum=1)
     save_every: int | None = _option(None, "steps between checkpoints (default: eval.every)", minimum=1)
@@ -221,6 +221,11 @@ def flag_values(args: argparse.Namespace, schema: type = RunConfig) -> dict[str,
     return {key: given[key] for key, _, _ in _leaves(schema) if given.get(key) is not None}
 
 
+def help_of(key: str, schema: type = RunConfig) -> str:
+    """The help text of a dotted key."""
+    return next(spec.metadata["help"] for name, _, spec in _leaves(schema) if name == key)
+
+
 def _leaves(schema: type, prefix: str = "") -> Iterable[tuple[str, Any, dataclasses.Field]]:
     hints = typing.get_type_hints(schema)
     for spec in dataclasses.fields(schema):
@@ -334,9 +339,8 @@ def _check(value: Any, checks: Mapping[str, Any]) -> None:
         if part is None:
             continue
         if "choices" in checks and part not in checks["choices"]:
-            raise ValueError(
-                f"expected one of {', '.join(map(str, checks['choices']))}, got {part!r}{nearest(part, checks['choices'])}"
-            )
+            known = checks["choices"]
+            raise ValueError(f"expected one of {', '.join(map(str, known))}, got {part!r}{nearest(part, known)}")
         if "minimum" in checks and part < checks["minimum"]:
             raise ValueError(f"expected at least {checks['minimum']}, got {part}")
         if "above" in checks and part <= checks["above"]:

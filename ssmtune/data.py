@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import json
+import random
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssmtune.config import nearest
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -12,3 +27,275 @@ class Example:
     prompt: str
     target: str
     references: tuple[str, ...] = ()
+
+
+def load_examples(
+    path: str | Path,
+    template: str = "{prompt}",
+    target: str = "completion",
+    *,
+    split: str = "train",
+    limit: int | None = None,
+) -> list[Example]:
+    """Read examples from a JSONL, CSV or TSV file, or from a dataset on the hub.
+
+    A prompt that does not end in white space and its target are joined by one space, which belongs to the target: that
+    is where byte-pair tokenizers put it.
+
+    Args:
+        path: a local file, or else a name on the hub (needs the `datasets` package).
+        template: the prompt, with `{column}` for the columns of the data; `""` for none.
+        target: the column to be learnt, or a template with `{column}` in it.
+        split: split of a dataset on the hub.
+        limit: read at most this many.
+
+    Raises:
+        ValueError: no such file, a broken line (with its number), a column that is not there, or no example at all.
+    """
+    prompt_parts = _parse_template(template, "template")
+    target_parts = _parse_template(target, "target") if "{" in target else [("", target)]
+    examples: list[Example] = []
+    for where, row in _rows(path, split):
+        if limit is not None and len(examples) >= limit:
+            break
+        for _, column in [*prompt_parts, *target_parts]:
+            if column is not None and column not in row:
+                raise ValueError(
+                    f"{path}: {where} has no column {column!r}{nearest(column, row)}.\n"
+                    f"  Its columns: {', '.join(map(str, row)) or 'none'}. Set --data.template and --data.target."
+                )
+        prompt = _substitute(prompt_parts, row)
+        answer = _substitute(target_parts, row)
+        if not answer.strip():
+            raise ValueError(
+                f"{path}: {where} has an empty target ({target!r}).\n"
+                "  There is nothing to learn from it. Remove the row, or choose another column with --data.target."
+            )
+        if prompt and not prompt[-1].isspace() and not answer[0].isspace():
+            answer = f" {answer}"
+        examples.append(Example(prompt, answer))
+    if not examples:
+        raise ValueError(f"{path} holds no examples.\n  Give a file with one example per line or row.")
+    return examples
+
+
+def hold_out(examples: Sequence[Example], fraction: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Split examples into those to train on and a random share to evaluate on, at least one unless it is 0."""
+    count = min(len(examples) - 1, max(1, round(len(examples) * fraction))) if fraction > 0 else 0
+    chosen = set(random.Random(seed).sample(range(len(examples)), count))
+    kept = [example for index, example in enumerate(examples) if index not in chosen]
+    return kept, [examples[index] for index in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens.
+
+    Args:
+        input_ids: prompt, target and end of text.
+        labels: the same with -100 on the prompt, so that the loss is on the target alone.
+        prompt_cut: tokens lost from the beginning of the prompt.
+        target_cut: tokens lost from the end of the target.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_cut: int = 0
+    target_cut: int = 0
+
+
+def encode(tokenizer, example: Example, max_length: int | None = None, *, add_eos: bool = True) -> Encoded:
+    """Tokenize prompt and target on their own, so that the border between them is the same in training and generation.
+
+    Too long an example loses the beginning of its prompt; only a target that does not fit by itself loses its end.
+    """
+    prompt = encode_prompt(tokenizer, example.prompt)
+    target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+    if add_eos and tokenizer.eos_token_id is not None:
+        target = [*target, tokenizer.eos_token_id]
+    prompt_cut = target_cut = 0
+    if max_length is not None and len(prompt) + len(target) > max_length:
+        # one token of context stays: the first token of the target has to be predicted from something
+        target_cut = max(0, len(target) - (max_length - 1))
+        target = target[: max_length - 1]
+        room = max_length - len(target)
+        prompt_cut = len(prompt) - room
+        prompt = prompt[-room:]
+    return Encoded(prompt + target, [IGNORED] * len(prompt) + target, prompt_cut, target_cut)
+
+
+def encode_prompt(tokenizer, prompt: str, max_length: int | None = None) -> list[int]:
+    """Tokens of a prompt, never none: an empty one becomes the token that starts or separates texts."""
+    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if max_length is not None:
+        tokens = tokens[-max_length:]
+    if tokens:
+        return tokens
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(
+            "the prompt is empty and the tokenizer has no token that begins or ends a text.\n"
+            "  The first token would have to be predicted from nothing. Give a prompt."
+        )
+    return [start]
+
+
+@dataclass
+class EncodedExamples:
+    """A dataset of encoded examples that knows what was cut; an empty target cannot occur in it."""
+
+    items: list[Encoded] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.items[index]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(item.input_ids) for item in self.items)
+
+    def cut_report(self, max_length: int) -> str | None:
+        """A sentence on what `max_length` cut, or None."""
+        prompts = sum(item.prompt_cut > 0 for item in self.items)
+        targets = sum(item.target_cut > 0 for item in self.items)
+        if not prompts and not targets:
+            return None
+        return f"max_length={max_length} cut the beginning of {prompts} prompts and the end of {targets} targets"
+
+
+def encode_all(tokenizer, examples: Iterable[Example], max_length: int | None = None) -> EncodedExamples:
+    """Encode examples for training."""
+    return EncodedExamples([encode(tokenizer, example, max_length) for example in examples])
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pad encoded examples to the longest of a batch.
+
+    Args:
+        pad_id: the token to pad with; it is masked and never a label.
+        side: "right" for training; "left" for generation, where every row must end with its last real token.
+    """
+
+    pad_id: int
+    side: Literal["left", "right"] = "right"
+
+    def __call__(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """Returns input_ids, attention_mask and labels, each (batch, seqlen)."""
+        import torch
+
+        width = max(len(item.input_ids) for item in batch)
+
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+            fill = [[value] * (width - len(row)) for row in rows]
+            pairs = zip(rows, fill, strict=True)
+            return torch.tensor([row + pad if self.side == "right" else pad + row for row, pad in pairs])
+
+        return {
+            "input_ids": padded([item.input_ids for item in batch], self.pad_id),
+            "attention_mask": padded([[1] * len(item.input_ids) for item in batch], 0),
+            "labels": padded([item.labels for item in batch], IGNORED),
+        }
+
+
+def _parse_template(template: str, name: str) -> list[tuple[str, str | None]]:
+    try:
+        return [(literal, column) for literal, column, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ValueError(
+            f"data.{name} {template!r} cannot be read: {error}.\n"
+            "  Columns are written {column}; double a brace that is meant as such: {{ or }}."
+        ) from None
+
+
+def _substitute(parts: list[tuple[str, str | None]], row: Mapping[str, Any]) -> str:
+    text = []
+    for literal, column in parts:
+        text.append(literal)
+        if column is not None and row[column] is not None:
+            value = row[column]
+            text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return "".join(text)
+
+
+def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (where, row) with `where` such as "line 3"."""
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"{path} is a directory.\n  Give one of its files, ending in {', '.join(_SUFFIXES)}.")
+    if file.is_file():
+        if file.suffix not in _SUFFIXES:
+            raise ValueError(f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
+                             f"  Convert it to one of {', '.join(_SUFFIXES)}.")
+        return _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file)
+    if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
+        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise ValueError(f"{path}: no such file{nearest(file.name, siblings)}.\n  Check --data.path.")
+    return _hub_rows(str(path), split)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{file}: line {number} is not valid JSON ({error.msg} at column {error.colno}).\n"
+                "  Every line must be one object, such as {\"prompt\": \"…\", \"completion\": \"…\"}."
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{file}: line {number} holds a {type(row).__name__}, expected an object with columns.\n"
+                "  Every line must be one object, such as {\"prompt\": \"…\", \"completion\": \"…\"}."
+            )
+        yield f"line {number}", row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    reader = csv.DictReader(_lines(file), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{file}: line {reader.line_num} cannot be read: {error}.\n"
+                             "  Check the quotes of that line.") from None
+        if row is None:
+            return
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{file}: line {reader.line_num} does not have the {len(reader.fieldnames)} fields of the header.\n"
+                "  Put fields that contain the separator in quotes."
+            )
+        yield f"line {reader.line_num}", row
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="" if file.suffix != ".jsonl" else None) as lines:
+            yield from lines
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8.\n  Convert it, for example with iconv -t utf-8.") from None
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{name!r} is not a local file, and reading datasets from the hub needs the `datasets` package.\n"
+            "  Check --data.path, or run: pip install datasets"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{name!r} is not a local file, and split {split!r} of a dataset of that name could not be loaded.\n"
+            f"  {reason}\n  Check --data.path and --data.split, and the network."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row

@@ -1,4 +1,4 @@
-"""Text from a model, and the likelihood of given texts, in batches of any lengths."""
+"""Text from a model, and the likelihood of given texts, in batches of texts of any lengths."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ssmtune.data import IGNORED, Collator, Encoded, Example, encode, encode_prompt
+
 
 class TargetScore(NamedTuple):
-    """Summed natural-log probability of a target after its prompt, and its number of tokens."""
+    """Summed natural-log probability of a target after its prompt, and the number of tokens in it."""
 
     log_likelihood: float
     tokens: int
 
 
+@torch.no_grad()
 def generate_texts(
     model: nn.Module,
     tokenizer,
@@ -29,8 +32,43 @@ def generate_texts(
     max_length: int | None = None,
     use_cache: bool = True,
 ) -> list[str]:
-    """Continue each prompt, stopping at the end-of-text token; greedy unless a temperature is given."""
-    raise NotImplementedError
+    """Continue each prompt, stopping at the end-of-text token; greedy unless a temperature is given.
+
+    Args:
+        prompts: texts of any lengths; batches are made of similar lengths and padded on the left.
+        max_length: tokens of a prompt that are kept, from its end; None for all.
+        use_cache: False recomputes the whole text for every token, which is slow and gives the same.
+
+    Returns:
+        The new text alone, one for each prompt in their order.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, max_length) for prompt in prompts]
+    options: dict = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    padding = pad_id(tokenizer)
+    collate = Collator(padding, side="left")
+    device = next(model.parameters()).device
+    texts: list[str] = [""] * len(prompts)
+    with _evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for chosen in _batches(encoded, batch_size):
+            batch = collate([Encoded(encoded[index], encoded[index]) for index in chosen])
+            output = model.generate(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=padding,
+                use_cache=use_cache,
+                **options,
+            )
+            new = output[:, batch["input_ids"].shape[1]:]
+            for index, row in zip(chosen, new.tolist(), strict=True):
+                if tokenizer.eos_token_id in row:
+                    row = row[: row.index(tokenizer.eos_token_id)]
+                texts[index] = tokenizer.decode(row, skip_special_tokens=True)
+    return texts
 
 
 def target_log_likelihood(
@@ -43,9 +81,68 @@ def target_log_likelihood(
     max_length: int | None = None,
     add_eos: bool = False,
 ) -> list[TargetScore]:
-    """Score each target after its prompt: one (log_likelihood, tokens) per pair, in their order."""
-    raise NotImplementedError
+    """Score each target after its prompt.
+
+    Args:
+        prompts, targets: one target for each prompt, joined as they are.
+        max_length: cut as in training; None for never.
+        add_eos: count the end-of-text token as the target's last.
+
+    Returns:
+        One (log_likelihood, tokens) for each pair, in their order. exp(-sum / tokens) is the perplexity.
+    """
+    examples = [Example(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    encoded = [encode(tokenizer, example, max_length, add_eos=add_eos) for example in examples]
+    return score_encoded(model, encoded, pad_id(tokenizer), batch_size)
 
 
 @torch.no_grad()
-def _placeholder() -> None: ...
+def score_encoded(
+    model: nn.Module, encoded: Sequence[Encoded], padding: int, batch_size: int
+) -> list[TargetScore]:
+    """Score the labelled tokens of encoded examples, in their order."""
+    collate = Collator(padding)
+    device = next(model.parameters()).device
+    scores: list[TargetScore] = [TargetScore(0.0, 0)] * len(encoded)
+    with _evaluating(model):
+        for chosen in _batches([item.input_ids for item in encoded], batch_size):
+            batch = {key: value.to(device) for key, value in collate([encoded[index] for index in chosen]).items()}
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            # a prompt-tuned model answers for its virtual tokens too, and they come first
+            logits = logits[:, -batch["input_ids"].shape[1]:]
+            labels = batch["labels"][:, 1:]
+            losses = nn.functional.cross_entropy(
+                logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            )
+            counts = (labels != IGNORED).sum(1)
+            for index, total, count in zip(chosen, (-losses.double().sum(1)).tolist(), counts.tolist(), strict=True):
+                scores[index] = TargetScore(total, count)
+    return scores
+
+
+def _batches(encoded: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar lengths, the longest first so that a lack of memory shows at once."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
+    return [order[start: start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_id(tokenizer) -> int:
+    """The token to pad with: it is masked, so any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+class _evaluating:
+    """Evaluation mode for a while."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was_training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.was_training)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssmtune.config import ConfigError, MethodConfig, nearest
+from ssmtune.models import quiet_peft
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,8 +47,8 @@ METHODS: dict[str, Method] = {
         Method("full", "Full fine-tuning", 4e-4, "full"),
         Method("lora", "LoRA", 2e-3, "weights", ("rank", "alpha", "dropout", "target_modules", "layers")),
         Method("prompt-tuning", "Prompt tuning", 2e-2, "prompt", ("virtual_tokens",)),
-        Method("initial-state", "Initial State Tuning", 2e-3, "state", ("rank", "layers")),
-        Method("state-offset", "State-offset Tuning (h)", 2e-4, "state", ("rank", "layers")),
+        Method("initial-state", "Initial State Tuning", 2e-3, "state", ("rank", "alpha", "layers")),
+        Method("state-offset", "State-offset Tuning (h)", 2e-4, "state", ("rank", "alpha", "layers")),
         Method("state-offset-y", "State-offset Tuning (y)", 1e-3, "state", ("layers",)),
     )
 }
@@ -96,7 +97,7 @@ def apply_method(model: nn.Module, name: str, options: Mapping[str, Any] | None 
     method = get_method(name)
     options = {key: value for key, value in (options or {}).items() if value is not None}
     _reject_foreign(method, options)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         if method.kind == "full":
             model.requires_grad_(True)
@@ -128,8 +129,7 @@ def _apply_peft(model: nn.Module, method: Method, options: Mapping[str, Any]) ->
     shared = {"task_type": "CAUSAL_LM"}
     if "layers" in options:
         shared["layers_to_transform"] = options["layers"]
-    if "rank" in options:
-        shared["rank"] = options["rank"]
+    shared |= {key: options[key] for key in ("rank", "alpha") if key in options}
     if method.name == "initial-state":
         return get_peft_model(model, InitialStateConfig(**shared))
     target = "y" if method.name == "state-offset-y" else "h"
@@ -153,5 +153,6 @@ def _reject_foreign(method: Method, options: Mapping[str, Any]) -> None:
     if foreign:
         own = ", ".join(method.options) or "none"
         raise ConfigError(
-            f"method {method.name!r} has no option {', '.join(map(repr, foreign))}.\n  Its options: {own}. Remove the rest."
+            f"method {method.name!r} has no option {', '.join(map(repr, foreign))}.\n"
+            f"  Its options: {own}. Remove the rest."
         )

@@ -1,27 +1,47 @@
-"""Fine-tuning on transformers.Trainer: one function, one run directory."""
+"""Fine-tuning on transformers.Trainer: one call trains what is trainable in a model and fills a run directory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from ssmtune.config import EvalConfig, TrainConfig
-from ssmtune.data import Example
+from ssmtune import memory
+from ssmtune.config import ConfigError, EvalConfig, TrainConfig
+from ssmtune.data import Collator, EncodedExamples, Example, encode_all
+from ssmtune.generation import pad_id, score_encoded
+from ssmtune.models import no_progress_bars, portable_name
+from ssmtune.run_directory import RunDirectory, environment, whole_folder, write_json
+from ssmtune.training_log import RunLog, StopRequest, diverged, draw_losses
+
+_PROGRESS = "progress.json"
+_BEST = "best.safetensors"
 
 
 @dataclass
 class TrainResult:
     """What a run came to.
 
-    `curve` has one dict per log line: step, loss, lr, grad_norm, tokens, seconds; or step, dev_loss. `train_loss` is the
-    mean of the last log interval, `dev_loss` belongs to the weights the model was left with.
+    `curve` has one dict for each line of metrics.jsonl: step, loss, lr, grad_norm, tokens, tokens_per_second, seconds;
+    or step, dev_loss. `train_loss` is the mean of the last log interval; `dev_loss` is that of the weights which the
+    model was left with, those of step `kept_step`. `seconds` is the time spent in steps, without evaluations.
     """
 
     steps: int
+    kept_step: int
     seconds: float
     tokens_per_second: float
     train_loss: float
@@ -32,6 +52,14 @@ class TrainResult:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a run, after a checkpoint was saved."""
+
+    def __init__(self, step: int, checkpoint: Path):
+        super().__init__(f"interrupted after step {step}")
+        self.step, self.checkpoint = step, checkpoint
+
+
 def train(
     model: nn.Module,
     tokenizer,
@@ -40,12 +68,311 @@ def train(
     config: TrainConfig,
     out: Path | None,
     *,
-    lr: float | None = None,
     max_length: int = 512,
     evaluation: EvalConfig | None = None,
     callbacks: Sequence = (),
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train what is trainable in a model on examples; `lr` stands in where config.lr is None."""
-    raise NotImplementedError
+    """Train what is trainable in a model, with AdamW and a learning rate that rises, then falls linearly to zero.
+
+    The order of the examples depends on `config.seed` alone, so every method sees the same batches. Two runs with the
+    same arguments give the same weights, and so does one that was interrupted and resumed.
+
+    Args:
+        model: what `ssmtune.methods.apply_method` returned; left in evaluation mode with the trained weights.
+        train_examples, dev_examples: the second may be empty, for no evaluation.
+        config: steps, batch size, learning rate (which must be set) and the rest.
+        out: run directory; None writes nothing.
+        max_length: longest example in tokens.
+        evaluation: how often and how; every `EvalConfig().every` steps by default.
+        callbacks: further transformers.TrainerCallback objects.
+        resume: go on from the last checkpoint in `out`, if there is one.
+        progress: print a line for each log step.
+
+    Raises:
+        ConfigError: no learning rate; a checkpoint of other settings or data.
+        RuntimeError: the loss or a gradient became NaN or infinite.
+        TrainingInterrupted: Ctrl-C, after a checkpoint was saved in `out`.
+    """
+    if config.lr is None:
+        raise ConfigError(
+            "train.lr is not set.\n  Every method has its own default: ssmtune.methods.METHODS[name].default_lr."
+        )
+    evaluation = evaluation or EvalConfig()
+    train_data = encode_all(tokenizer, train_examples, max_length)
+    dev_data = encode_all(tokenizer, dev_examples, max_length)
+    run = RunDirectory(Path(out)) if out is not None else None
+    if run is not None:
+        run.path.mkdir(parents=True, exist_ok=True)
+    settings = _settings(config, train_data, model)
+    checkpoint = run.last_checkpoint() if run is not None and resume else None
+    past = _read_checkpoint(checkpoint, settings) if checkpoint is not None else None
+
+    scratch = tempfile.mkdtemp(prefix="ssmtune-")
+    memory.reset_peak()
+    log = RunLog(run, tokenizer, dev_examples, evaluation, config, past, progress)
+    try:
+        trainer = _Trainer(model, train_data, dev_data, config, evaluation, run, settings, scratch, log)
+        if past is not None and past["best_step"] is not None and config.keep == "best":
+            trainer.best = load_file(checkpoint / _BEST)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        if past is None:
+            _warn_of_dead_tensors(trainer, log)
+        for data, name in ((train_data, "training"), (dev_data, "dev")):
+            if log.progress.enabled and (cut := data.cut_report(max_length)):
+                log.progress.write(f"warning: {name} data: {cut}")
+        with StopRequest(enabled=run is not None) as stop:
+            log.stop = stop
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        if stop.requested and trainer.state.global_step < config.steps:
+            raise TrainingInterrupted(trainer.state.global_step, run.last_checkpoint())
+    finally:
+        log.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    result = trainer.finish()
+    if run is not None and trainer.is_world_process_zero():
+        _write_outcome(run, model, tokenizer, result, config)
+    return result
+
+
+class ExampleOrder(Sampler):
+    """Indices of the examples of a whole run: one shuffled pass after the other, from a seed of its own.
+
+    A run is one long epoch, so batches are never short and a position in it is a number of batches.
+    """
+
+    def __init__(self, examples: int, count: int, seed: int):
+        self.examples, self.count, self.seed = examples, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        left = self.count
+        while left > 0:
+            order = torch.randperm(self.examples, generator=generator).tolist()
+            yield from order[:left]
+            left -= len(order)
+
+
+class _Trainer(Trainer):
+    """transformers.Trainer with an exact dev loss, whole checkpoints, and an end to a run that has diverged."""
+
+    def __init__(self, model, train_data, dev_data, config, evaluation, run, settings, scratch, log):
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulation,
+            learning_rate=config.lr,
+            lr_scheduler_type="linear",
+            warmup_steps=round(config.steps * config.warmup),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.clip,
+            seed=config.seed,
+            optim="adamw_torch",
+            logging_strategy="no",
+            eval_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            data_collator=Collator(pad_id(log.tokenizer)),
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(log)
+        self.run, self.config, self.evaluation, self.settings, self.record = run, config, evaluation, settings, log
+        self.dev_data = dev_data
+        self.best: dict[str, torch.Tensor] | None = None
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        count = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        return ExampleOrder(len(self.train_dataset), count * self.args.world_size, self.args.seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.record.count(inputs["attention_mask"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise diverged("the loss", loss.item(), self.state.global_step + 1, self._get_learning_rate())
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The mean loss of all target tokens of the dev set, each counted once."""
+        share = self.dev_data.items[self.args.process_index :: self.args.world_size]
+        scores = score_encoded(self.model, share, pad_id(self.record.tokenizer), self.evaluation.batch_size)
+        sums = torch.tensor(
+            [[sum(s.log_likelihood for s in scores), sum(s.tokens for s in scores)]],
+            dtype=torch.float32 if self.args.device.type == "mps" else torch.float64,
+            device=self.args.device,
+        )
+        total, tokens = self.accelerator.gather(sums).sum(0).tolist()
+        loss = -total / max(tokens, 1)
+        if self.config.keep == "best" and self.record.is_best(loss):
+            self.best = {
+                name: parameter.detach().to("cpu", copy=True)
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            }
+        self.log({"dev_loss": loss})
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            save_weights(self.model, Path(output_dir))
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.run.checkpoints / ".new.partial") if self.run is not None else self.args.output_dir
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Let Trainer write a checkpoint into a folder on the side, then give it its name."""
+        staging = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                written = staging / f"checkpoint-{self.state.global_step}"
+                if self.best is not None:
+                    save_file(self.best, written / _BEST)
+                write_json(written / _PROGRESS, self.record.progress_so_far(self.state.global_step) | self.settings)
+                final = self.run.checkpoint(self.state.global_step)
+                shutil.rmtree(final, ignore_errors=True)
+                written.rename(final)
+                self.run.drop_checkpoints_before(final)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def finish(self) -> TrainResult:
+        """Put the weights that are kept into the model, and sum the run up."""
+        record = self.record
+        kept_step, dev_loss = self.state.global_step, record.last_dev_loss
+        if self.config.keep == "best" and self.best is not None:
+            kept_step, dev_loss = record.best_step, record.best_dev_loss
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    if name in self.best:
+                        parameter.copy_(self.best[name])
+        self.model.eval()
+        trainable, total = parameter_counts(self.model)
+        losses = [row["loss"] for row in record.rows if "loss" in row]
+        return TrainResult(
+            steps=self.state.global_step,
+            kept_step=kept_step,
+            seconds=record.seconds,
+            tokens_per_second=record.tokens / record.seconds if record.seconds else 0.0,
+            train_loss=losses[-1] if losses else math.nan,
+            dev_loss=dev_loss,
+            peak_memory_bytes=memory.peak_bytes(),
+            trainable_parameters=trainable,
+            total_parameters=total,
+            curve=list(record.rows),
+        )
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters and all of them."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+
+def save_weights(model: nn.Module, directory: Path) -> None:
+    """Write an adapter in peft's format, or a whole model, into a directory.
+
+    A base model from the package is recorded by its name there, so that the adapter can be used on another machine.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        with no_progress_bars():
+            model.save_pretrained(directory)
+        return
+    places = {name: config.base_model_name_or_path for name, config in model.peft_config.items()}
+    try:
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = portable_name(config.base_model_name_or_path)
+        # "auto" would ask the hub whether the vocabulary has grown
+        model.save_pretrained(str(directory), save_embedding_layers=False)
+    finally:
+        for name, config in model.peft_config.items():
+            config.base_model_name_or_path = places[name]
+
+
+def _settings(config: TrainConfig, data: EncodedExamples, model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint and the run that continues it must have in common."""
+    digest = hashlib.sha256()
+    for item in data.items:
+        digest.update(json.dumps([item.input_ids, item.labels]).encode())
+    tensors = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors.update(f"{name}{tuple(parameter.shape)}".encode())
+    train = dataclasses.asdict(config)
+    for key in ("log_every", "save_every"):
+        train.pop(key)
+    return {"settings": {**train, "data": digest.hexdigest()[:16], "trainable tensors": tensors.hexdigest()[:16]}}
+
+
+def _read_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        past = json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
+        stored = past["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}.\n"
+            "  Remove it to resume from none, or start again with --overwrite."
+        ) from None
+    wanted = settings["settings"]
+    differing = [key for key in wanted if stored.get(key) != wanted[key]]
+    if differing:
+        listed = ", ".join(
+            f"{key} ({stored.get(key)} then, {wanted[key]} now)" if key in TrainConfig.__dataclass_fields__ else key
+            for key in differing
+        )
+        raise ConfigError(
+            f"checkpoint {checkpoint} belongs to a run with other settings: {listed}.\n"
+            "  Resume with the same settings, or start again with --overwrite or another --out."
+        )
+    return past
+
+
+def _warn_of_dead_tensors(trainer: _Trainer, log: RunLog) -> None:
+    from ssmtune.gradcheck import check_gradients
+
+    first = [trainer.train_dataset[index] for index, _ in zip(trainer._get_train_sampler(), range(2), strict=False)]
+    report = check_gradients(trainer.model, trainer.data_collator(first))
+    if not report.ok:
+        log.progress.write(str(report))
+
+
+def _write_outcome(run: RunDirectory, model: nn.Module, tokenizer, result: TrainResult, config: TrainConfig) -> None:
+    from peft import PeftModel
+
+    adapted = isinstance(model, PeftModel)
+    with whole_folder(run.adapter if adapted else run.model) as folder:
+        save_weights(model, folder)
+        if not adapted:
+            tokenizer.save_pretrained(folder)
+    draw_losses(result.curve, run.loss_plot)
+    # last, since its presence says that the run is complete
+    values = dataclasses.asdict(result)
+    values.pop("curve")
+    write_json(run.summary, {"result": values, "train": dataclasses.asdict(config), "environment": environment()})

@@ -73,3 +73,31 @@ def poison_empty(monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> str:
+    """Directory of a random Mamba with a byte-level tokenizer that takes any text; not to be written to."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny_mamba")
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["the sea is blue and the sun is red"] * 4, vocab_size=280, show_progress=False)
+    trained.add_special_tokens(["<|endoftext|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(directory)
+    end = tokenizer.eos_token_id
+    config = MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        state_size=8,
+        num_hidden_layers=2,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        MambaForCausalLM(config).save_pretrained(directory)
+    return str(directory)

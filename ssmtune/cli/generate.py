@@ -1,0 +1,98 @@
+"""`ssmtune generate`: continue prompts with a model, or with what a run has made of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ssmtune.config import ConfigError
+
+EXAMPLES = """\
+examples:
+  ssmtune generate runs/poems --prompt "The sea"
+  ssmtune generate runs/poems --base --prompt "The sea"
+  ssmtune generate mamba-5m --prompt-file prompts.txt --max-new-tokens 100 --temperature 0.8
+
+A prompt file has one prompt in each line. With a single prompt the text alone is printed.
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="generate text, with or without an adapter",
+        description="Continue prompts with a model, a run directory or an adapter directory.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL|RUN", help="a model, a run directory, or an adapter directory")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", action="append", help="the text to continue; may be given again")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file with one prompt in each line; - reads stdin")
+    parser.add_argument("--base", action="store_true", help="leave the adapter out")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="sample from the likeliest share P")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = args.prompt if args.prompt is not None else _read_prompts(args.prompt_file)
+
+    import torch
+
+    from ssmtune.cli.train import backend_for
+    from ssmtune.generation import generate_texts
+    from ssmtune.models import load_trained
+
+    model, tokenizer = load_trained(args.model, base_only=args.base)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    with backend_for(args.backend):
+        texts = generate_texts(
+            model, tokenizer, prompts, args.max_new_tokens, args.batch_size,
+            temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+        )
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if len(prompts) > 1 and number:
+            print()
+        print(f"{prompt}{text}")
+    return 0
+
+
+def _read_prompts(name: str) -> list[str]:
+    try:
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"prompt file {name}: no such file.\n  Check --prompt-file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt file {name} cannot be read: {error}.\n  Give a text file in UTF-8.") from None
+    prompts = [line for line in content.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompt file {name} holds no prompt.\n  Write one prompt in each line.")
+    return prompts
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected more than 0 and at most 1, got {text}")
+    return value

@@ -1,0 +1,214 @@
+"""`ssmtune train`: fine-tune a model with one method."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ssmtune.config import ConfigError, RunConfig, add_flags, flag_values, help_of, load_config, to_dict, to_yaml
+from ssmtune.methods import get_method, method_options
+
+EXAMPLES = """\
+examples:
+  ssmtune train mamba-5m --method state-offset --data poems.jsonl --out runs/poems
+  ssmtune train --config mamba-5m/lora.yaml --data poems.jsonl --train.steps 200 --train.lr 1e-3
+  ssmtune train --resume --out runs/poems
+
+The data is JSONL or CSV with the columns prompt and completion, or whatever --data.template and --data.target name:
+  ssmtune train --data words.csv --data.template '{word} means' --data.target meaning
+
+exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="fine-tune a model with one method",
+        description="Fine-tune a model with one method.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", help="a built-in name, a local directory or a name on the hub")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, or a recipe such as mamba-5m/lora.yaml")
+    parser.add_argument("--method", dest="method.name", metavar="M", help=help_of("method.name"))
+    parser.add_argument("--data", dest="data.path", metavar="PATH", help=help_of("data.path"))
+    parser.add_argument("--out", metavar="DIR", help=help_of("out"))
+    parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, with the memory, and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the report at the end")
+    group = parser.add_argument_group("configuration", "every key of the configuration file")
+    add_flags(group, RunConfig, skip=("method.name", "data.path"))
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _resolve(args)
+    from ssmtune.run_directory import RunDirectory
+
+    method = get_method(config.method.name)
+    options = method_options(config.method)
+    directory = RunDirectory(Path(config.out))
+    if not args.dry_run:
+        directory.prepare(resume=args.resume, overwrite=args.overwrite)
+    if args.resume and directory.summary.is_file():
+        print(f"{directory.path} is finished. Nothing to resume.\nnext: {_next_command(directory.path)}")
+        return 0
+    from ssmtune.data import hold_out, load_examples
+
+    if config.data.path is None:
+        raise ConfigError("data.path is not set.\n  Give the training examples with --data FILE.")
+    source = config.data
+    train_examples = load_examples(
+        source.path, source.template, source.target, split=source.split, limit=source.limit
+    )
+    if source.dev_path is not None:
+        dev_examples = load_examples(source.dev_path, source.template, source.target, split=source.split)
+    else:
+        train_examples, dev_examples = hold_out(train_examples, source.dev_fraction, config.train.seed)
+
+    import torch
+
+    from ssmtune.methods import apply_method
+    from ssmtune.models import load_model
+
+    model, tokenizer = load_model(config.model, config.train.dtype)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    model = apply_method(model, method.name, options, config.train.seed)
+    with backend_for(args.backend):
+        _print_plan(config, method, model, tokenizer, train_examples, dev_examples, args.dry_run)
+        if args.dry_run:
+            return 0
+        from ssmtune.run_directory import write_whole
+        from ssmtune.training import TrainingInterrupted, train
+
+        write_whole(directory.config, to_yaml(config))
+        try:
+            result = train(
+                model, tokenizer, train_examples, dev_examples, config.train, directory.path,
+                max_length=source.max_length, evaluation=config.eval, resume=args.resume, progress=not args.quiet,
+            )
+        except TrainingInterrupted as stopped:
+            print(
+                f"\nssmtune: interrupted after step {stopped.step}; saved {stopped.checkpoint}\n"
+                f"  To go on: ssmtune train --resume --out {directory.path}",
+                file=sys.stderr,
+            )
+            return 130
+    _print_report(directory, result)
+    return 0
+
+
+def _resolve(args: argparse.Namespace) -> RunConfig:
+    """The configuration of this run: of the file, with the flags over it; of the run directory when resuming."""
+    overrides = flag_values(args, RunConfig)
+    if not args.resume:
+        config = load_config(args.config, overrides)
+        method = get_method(config.method.name)
+        if config.out is None:
+            config.out = f"runs/{Path(config.model).name}-{method.name}"
+        if config.train.lr is None:
+            config.train.lr = method.default_lr
+        return config
+    if args.overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other.\n  Give one of them.")
+    out = overrides.get("out") or (load_config(args.config, overrides).out if args.config else None)
+    if out is None:
+        raise ConfigError("--resume needs to know which run to go on with.\n  Give its directory with --out.")
+    stored = Path(out) / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"{out} is not a run directory: it has no config.yaml.\n  Start the run without --resume.")
+    config = load_config(stored)
+    wanted = to_dict(load_config(stored, {key: value for key, value in overrides.items() if key != "out"}))
+    if (differing := _differing(to_dict(config), wanted)):
+        raise ConfigError(
+            f"--resume goes on with {stored}, but there are other values for {', '.join(differing)}.\n"
+            "  Leave them out, or start another run."
+        )
+    config.out = out
+    return config
+
+
+def _differing(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            keys += _differing(stored[key], value, f"{prefix}{key}.")
+        elif stored[key] != value:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def backend_for(name: str | None):
+    """A context in which the operators run on the backend of that name; None and `auto` leave the choice to them."""
+    from contextlib import nullcontext
+
+    from ssmtune import ops
+
+    return ops.backend(name) if name not in (None, "auto") else nullcontext()
+
+
+def _print_plan(config: RunConfig, method, model, tokenizer, train_examples, dev_examples, dry_run: bool) -> None:
+    from ssmtune.data import encode_all
+    from ssmtune.memory import estimate_bytes, readable
+    from ssmtune.training import parameter_counts
+
+    trainable, total = parameter_counts(model)
+    data = encode_all(tokenizer, train_examples, config.data.max_length)
+    longest = max(len(item.input_ids) for item in data.items)
+    estimate = estimate_bytes(model, config.train.batch_size, longest, config.train.gradient_checkpointing)
+    per_step = config.train.batch_size * config.train.accumulation
+    passes = config.train.steps * per_step / len(data)
+    rows = [
+        ("model", config.model),
+        ("method", f"{method.title}, {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)"),
+        ("backend", _backends_in_words(model)),
+        ("data", f"{len(data):,} examples of {data.tokens:,} tokens, longest {longest}; dev {len(dev_examples):,}"),
+        ("steps", f"{config.train.steps:,} of {per_step} examples ({passes:.1f} passes), rate {config.train.lr:g}"),
+        ("memory", f"about {readable(estimate)} for a step"),
+        ("out", config.out),
+    ]
+    if dry_run:
+        print(to_yaml(config).rstrip() + "\n")
+    print("\n".join(f"{name:<8} {text}" for name, text in rows), flush=True)
+    if dry_run:
+        if (cut := data.cut_report(config.data.max_length)):
+            print(f"warning: {cut}")
+        print("dry run: nothing was written")
+
+
+def _backends_in_words(model) -> str:
+    from ssmtune.mixers import find_mixers, patch
+
+    return str(patch(model)) if find_mixers(model) else "transformers (no mixer that ssmtune knows)"
+
+
+def _print_report(directory, result) -> None:
+    from ssmtune.memory import readable
+
+    weights = directory.adapter if directory.adapter.is_dir() else directory.model
+    size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+    dev = "none" if result.dev_loss is None else f"{result.dev_loss:.4f}"
+    if result.kept_step != result.steps:
+        dev += f" (weights of step {result.kept_step}, the best)"
+    written = ", ".join(path.name + "/" * path.is_dir() for path in sorted(directory.path.iterdir()))
+    print(
+        f"\ndone     {result.steps:,} steps in {timedelta(seconds=round(result.seconds))},"
+        f" {result.tokens_per_second:,.0f} tokens/s\n"
+        f"loss     training {result.train_loss:.4f}, dev {dev}\n"
+        f"memory   peak {readable(result.peak_memory_bytes)}\n"
+        f"weights  {weights} ({readable(size)})\n"
+        f"files    {directory.path}: {written}\n"
+        f"next     {_next_command(directory.path)}"
+    )
+
+
+def _next_command(out: Path) -> str:
+    return f'ssmtune generate {out} --prompt "..."'
+

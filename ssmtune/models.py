@@ -1,0 +1,267 @@
+"""Models and adapters by name: the one in the package, a local directory, or a name on the hub."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmtune.config import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+# formats that can run code when they are read
+_PICKLES = ("pytorch_model.bin", "adapter_model.bin", "model.pt", "pytorch_model.pt")
+
+
+def builtin_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+
+
+def resolve_model(name: str) -> str:
+    """The directory of a built-in or local model, or the name itself if it can only be on the hub.
+
+    Raises:
+        ConfigError: neither, or a local directory without a model in it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_model_directory(path)
+        return str(path.resolve())
+    if name in builtin_models():
+        return str(CHECKPOINTS / name)
+    if path.exists():
+        raise ConfigError(f"model {name!r} is a file.\n  Give the directory that holds config.json and the weights.")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = builtin_models()
+        raise ConfigError(
+            f"unknown model {name!r}{nearest(name, known)}.\n"
+            f"  Built in: {', '.join(known) or 'none'}. Else give a local directory, or a hub name such as "
+            "state-spaces/mamba-130m-hf."
+        )
+    return name
+
+
+def load_model(name: str, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """Load a causal language model and its tokenizer, with the mixers patched where ssmtune knows them.
+
+    Args:
+        name: a built-in name, a local directory, or a name on the hub.
+        dtype: of the weights; None for float32, whatever the file holds.
+
+    Returns:
+        (model in evaluation mode, tokenizer with a padding token)
+
+    Raises:
+        ConfigError: no such model.
+        ValueError: its files are missing, damaged, or pickles.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ssmtune.mixers import find_mixers, patch
+
+    place = resolve_model(name)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype or torch.float32, use_safetensors=True, **options
+            )
+    except Exception as error:  # noqa: BLE001 - transformers, tokenizers and safetensors raise unrelated kinds
+        raise _load_error(name, place, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if find_mixers(model):
+        patch(model)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for each file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide the warning for peft's use of an attribute of transformers under its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def portable_name(place: str) -> str:
+    """The name of a model in the package by its path, which is another on every machine; any other place as it is."""
+    path = Path(place)
+    return path.name if path.parent == CHECKPOINTS else place
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Put a saved adapter on its base model.
+
+    Raises:
+        ValueError: the directory does not hold a sound adapter, or it does not fit the model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    import ssmtune.tuners  # noqa: F401 - registers the state methods with peft
+    from ssmtune.prompt_tuning import repair
+
+    config = read_adapter_config(directory)
+    try:
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(model, str(directory), use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{directory}/adapter_model.safetensors cannot be read: {error}.\n"
+            "  The file is damaged or was not written to its end. Train again, or copy it again."
+        ) from None
+    except RuntimeError as error:
+        reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
+        raise ValueError(
+            f"the {config['peft_type']} adapter in {directory} does not fit {type(model).__name__}: {reason}\n"
+            f"  It was trained for {config.get('base_model_name_or_path')!r}. Load it on that model."
+        ) from None
+    return repair(adapted).eval()
+
+
+def load_trained(name: str, *, base_only: bool = False, dtype: str | None = None) -> tuple[nn.Module, Any]:
+    """Load a model, or what a run made of one.
+
+    Args:
+        name: a run directory, an adapter directory, or whatever `load_model` takes.
+        base_only: leave the adapter out, to compare with what was there before.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        ConfigError, ValueError: as `load_model` and `load_adapter`, and for a run that is not finished.
+    """
+    place = Path(name).expanduser()
+    if (place / "adapter_config.json").is_file():
+        adapter = place
+    elif (place / "adapter").is_dir():
+        adapter = place / "adapter"
+    elif (place / "model").is_dir():
+        if not base_only:
+            return load_model(str(place / "model"), dtype)
+        return load_model(_base_of_run(place), dtype)
+    elif (place / "config.yaml").is_file():
+        raise ConfigError(
+            f"{name} is a run without results: it was interrupted or has failed.\n"
+            f"  Go on with it: ssmtune train --resume --out {name}"
+        )
+    else:
+        return load_model(name, dtype)
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} does not say which model it was trained for.\n"
+                         "  Write its name into adapter_config.json as base_model_name_or_path.")
+    model, tokenizer = load_model(base, dtype)
+    return (model if base_only else load_adapter(model, adapter)), tokenizer
+
+
+def _base_of_run(place: Path) -> str:
+    from ssmtune.config import load_config
+
+    if not (place / "config.yaml").is_file():
+        raise ConfigError(f"{place} has no config.yaml, which names the model it began with.\n  Give that model.")
+    return load_config(place / "config.yaml").model
+
+
+def read_adapter_config(directory: str | Path) -> dict[str, Any]:
+    """Read and check an adapter directory without loading it.
+
+    Raises:
+        ValueError: a file is missing or damaged, a pickle, or of a method that is not known here.
+    """
+    directory = Path(directory)
+    config_file, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    if not config_file.is_file():
+        raise ValueError(
+            f"{directory} is not an adapter: it has no adapter_config.json.\n"
+            "  Give a run directory of `ssmtune train`, or the directory that save_pretrained wrote."
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{config_file} is damaged: it is not JSON with a peft_type.\n  Train again, or copy it again."
+        ) from None
+    from peft.utils import PeftType
+
+    import ssmtune.tuners  # noqa: F401
+
+    known = [member.value for member in PeftType]
+    if kind not in known:
+        raise ValueError(
+            f"{config_file}: unknown method {kind!r}{nearest(str(kind), known)}.\n"
+            "  It was written by another program, or by a newer version."
+        )
+    if not weights.is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        raise ValueError(
+            f"{directory} has no adapter_model.safetensors"
+            + (", only a pickle (adapter_model.bin), which can run code when it is read.\n" if pickled else ".\n")
+            + "  Save the adapter again with a current version of peft."
+        )
+    return config
+
+
+def _check_model_directory(path: Path) -> None:
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path} holds an adapter, not a model.\n"
+            "  Give the model that it was trained for; `ssmtune generate` takes the adapter."
+        )
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} is not a model: it has no config.json.\n"
+            "  Give the directory that save_pretrained wrote, with config.json, model.safetensors and a tokenizer."
+        )
+    if not list(path.glob("*.safetensors")):
+        pickled = [name for name in _PICKLES if (path / name).is_file()]
+        raise ConfigError(
+            f"{path} has no weights in safetensors"
+            + (f", only {pickled[0]}, a pickle, which can run code when it is read.\n" if pickled else ".\n")
+            + "  Save it again with save_pretrained of a current transformers."
+        )
+
+
+def _load_error(name: str, place: str, error: Exception) -> ValueError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = (lines[0] if lines else type(error).__name__)[:200]
+    if place == name:  # a name on the hub
+        known = builtin_models()
+        return ConfigError(
+            f"model {name!r} is neither built in nor a local directory, and could not be read from the hub.\n"
+            f"  {reason}\n"
+            f"  Check the name and the network. Built in: {', '.join(known) or 'none'}{nearest(name, known)}."
+        )
+    return ValueError(
+        f"model {name!r} cannot be loaded from {place}.\n  {reason}\n"
+        "  The files are damaged or incomplete, or of an unknown architecture. Save or copy the model again."
+    )
