@@ -1,0 +1,171 @@
+#include "cpu/dispatch.h"
+#include "cpu/selective_scan.h"
+
+namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
+namespace {
+
+// States carried in registers at a time.
+inline constexpr int kWideGroup = kLanes == 16 ? 16 : kStateGroup;
+
+struct Workspace {
+  Workspace(const SelectiveScanForward& p, Arena& arena) {
+    const int64_t channels = p.partition.max_range_channels();
+    const int64_t matrix = channels * p.padded_states();
+    A = arena.take(matrix);
+    state = arena.take(matrix);
+    first_state = p.initial_state.data ? arena.take(matrix) : nullptr;
+    offset = p.state_offset.data ? arena.take(matrix) : nullptr;
+    D = arena.take(channels);
+    delta_bias = arena.take(channels);
+    output_offset = arena.take(channels);
+    B = arena.take(state_rows_floats(p));
+    C = arena.take(state_rows_floats(p));
+    for (float** tile : {&u, &delta, &z, &out, &dt, &dtu, &y}) *tile = arena.take(kChunk * kLanes);
+  }
+
+  float *A, *state, *first_state, *offset, *D, *delta_bias, *output_offset, *B, *C;
+  float *u, *delta, *z, *out, *dt, *dtu, *y;
+};
+
+// One block of channels over one chunk.
+struct Tile {
+  int64_t steps;
+  const float *A, *offset;
+  StateRows B, C;
+  const float *dt, *dtu;
+  float *y, *state;
+};
+
+// y += C (h + offset) while h = exp2(dt A) h + dtu B, for kStates states from n on.
+template <int kStates, bool kOffset>
+__attribute__((noinline)) void scan_states(const Tile& tile, int64_t n) {
+  const float* const A = tile.A + n * kLanes;
+  const float* const offset = kOffset ? tile.offset + n * kLanes : nullptr;
+  float* const state = tile.state + n * kLanes;
+  Vec h[kStates];
+  SSMTUNE_UNROLL
+  for (int i = 0; i < kStates; ++i) h[i] = load(state + i * kLanes);
+  for (int64_t t = 0; t < tile.steps; ++t) {
+    const Vec dt = load(tile.dt + t * kLanes), dtu = load(tile.dtu + t * kLanes);
+    const float* const B = tile.B[t] + n;
+    const float* const C = tile.C[t] + n;
+    Vec y[2] = {load(tile.y + t * kLanes), Vec{}};
+    SSMTUNE_UNROLL
+    for (int i = 0; i < kStates; ++i) {
+      h[i] = exp2(dt * load(A + i * kLanes)) * h[i] + dtu * B[i];
+      const Vec seen = kOffset ? h[i] + load(offset + i * kLanes) : h[i];
+      y[i % 2] += seen * C[i];
+    }
+    store(tile.y + t * kLanes, y[0] + y[1]);
+  }
+  SSMTUNE_UNROLL
+  for (int i = 0; i < kStates; ++i) store(state + i * kLanes, h[i]);
+}
+
+template <bool kOffset>
+void scan(const Tile& tile, int64_t padded_states) {
+  int64_t n = 0;
+  for (; n + kWideGroup <= padded_states; n += kWideGroup) scan_states<kWideGroup, kOffset>(tile, n);
+  if constexpr (kWideGroup != kStateGroup) {
+    if (n < padded_states) scan_states<kStateGroup, kOffset>(tile, n);
+  }
+}
+
+void prepare(const SelectiveScanForward& p, const Workspace& w, int64_t block, const Rows<const float>& u,
+             const Rows<const float>& delta, int64_t steps) {
+  const Vec bias = load(w.delta_bias + block * kLanes), D = load(w.D + block * kLanes);
+  const Vec output_offset = load(w.output_offset + block * kLanes);
+  for (int64_t t = 0; t < steps; ++t) {
+    if (u.direct) __builtin_prefetch(u[t] + kLanes);
+    if (delta.direct) __builtin_prefetch(delta[t] + kLanes);
+    Vec dt = load(delta[t]) + bias;
+    if (p.delta_softplus) dt = softplus_sigmoid(dt).softplus;
+    const Vec value = load(u[t]);
+    store(w.dt + t * kLanes, at_most(dt, kBound));
+    store(w.dtu + t * kLanes, dt * value);
+    store(w.y + t * kLanes, D * value + output_offset);
+  }
+}
+
+void finish(const Workspace& w, const Rows<const float>& z, bool has_z, const Rows<float>& out, int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t) {
+    Vec y = load(w.y + t * kLanes);
+    if (has_z) {
+      if (z.direct) __builtin_prefetch(z[t] + kLanes);
+      const Vec gate = load(z[t]);
+      y *= gate * sigmoid(gate);
+    }
+    store(out[t], y);
+  }
+}
+
+void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t batch, int64_t chunk) {
+  const int64_t time = chunk * kChunk;
+  const int64_t steps = p.seqlen - time < kChunk ? p.seqlen - time : kChunk;
+  const StateRows B = state_rows(p, p.B, batch, time, steps, w.B);
+  const StateRows C = state_rows(p, p.C, batch, time, steps, w.C);
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const TilePosition at{batch, blocks.channel(i), blocks.lanes(i), time, steps};
+    prepare(p, w, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), steps);
+    float* const state = w.state + i * blocks.matrix_size();
+    const float* const offset = w.offset ? w.offset + i * blocks.matrix_size() : nullptr;
+    const Tile tile{steps, w.A + i * blocks.matrix_size(), offset, B, C, w.dt, w.dtu, w.y, state};
+    if (w.offset) {
+      scan<true>(tile, p.padded_states());
+    } else {
+      scan<false>(tile, p.padded_states());
+    }
+    if (p.chunk_states) copy(chunk_state(p, batch, chunk, at.channel), state, p.dstate * kLanes);
+    const bool has_z = p.z.data != nullptr;
+    const Rows<const float> z = has_z ? input_rows(p.z, at, w.z) : Rows<const float>{};
+    const Rows<float> out = output_rows(p.out, at, w.out);
+    finish(w, z, has_z, out, steps);
+    finish_rows(p.out, at, out);
+  }
+}
+
+void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
+  const FlushSubnormals flush;
+  Arena arena(scratch);
+  const Workspace w(p, arena);
+  const ChannelBlocks blocks(p, p.partition.channel_begin(task), p.partition.channel_end(task));
+  const int64_t matrix_floats = blocks.count() * blocks.matrix_size();
+  blocks.pack_decay(p.A, w.A);
+  blocks.pack_vector(p.D, w.D);
+  blocks.pack_vector(p.delta_bias, w.delta_bias);
+
+  const int64_t first_row = p.partition.batch_begin(task);
+  for (int64_t batch = first_row; batch < p.partition.batch_end(task); ++batch) {
+    const bool first = batch == first_row;
+    if (w.offset && (first || p.state_offset.batch_stride)) {
+      blocks.pack_matrix(p.state_offset.data + batch * p.state_offset.batch_stride, w.offset);
+    }
+    if (first || p.output_offset.batch_stride) {
+      const float* const offset = p.output_offset.data;
+      blocks.pack_vector(offset ? offset + batch * p.output_offset.batch_stride : nullptr, w.output_offset);
+    }
+    if (w.first_state) {
+      if (first || p.initial_state.batch_stride) {
+        blocks.pack_matrix(p.initial_state.data + batch * p.initial_state.batch_stride, w.first_state);
+      }
+      copy(w.state, w.first_state, matrix_floats);
+    } else {
+      fill_zero(w.state, matrix_floats);
+    }
+    for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) run_chunk(p, w, blocks, batch, chunk);
+    blocks.unpack_matrix(w.state, p.last_state + batch * p.dim * p.dstate);
+  }
+}
+
+int64_t scratch_floats(const SelectiveScanForward& p) {
+  Arena arena(nullptr);
+  Workspace(p, arena);
+  return arena.used();
+}
+
+}  // namespace
+
+extern const Kernel<SelectiveScanForward> selective_scan_fwd;
+const Kernel<SelectiveScanForward> selective_scan_fwd{scratch_floats, run};
+
+}  // namespace ssmtune::SSMTUNE_CPU_CAPABILITY

@@ -1,0 +1,68 @@
+#include "cpu/dispatch.h"
+#include "cpu/vec.h"
+
+namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
+
+void selective_state_update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t end);
+
+namespace {
+
+// Rows of state and A lie along the states, so lanes are states here; the sums of kLanes channels are added up together.
+template <typename T>
+void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t end) {
+  const T* const x = static_cast<const T*>(p.x) + row * p.dim;
+  const T* const delta = static_cast<const T*>(p.dt) + row * p.dim;
+  const T* const z = p.z ? static_cast<const T*>(p.z) + row * p.dim : nullptr;
+  T* const out = static_cast<T*>(p.out) + row * p.dim;
+  const T* const B = static_cast<const T*>(p.B) + row * p.dstate;
+  const T* const C = static_cast<const T*>(p.C) + row * p.dstate;
+  float* const state = p.state + row * p.dim * p.dstate;
+  const float* const state_offset = p.state_offset.data ? p.state_offset.data + row * p.state_offset.batch_stride : nullptr;
+  const float* const output_offset = p.output_offset.data ? p.output_offset.data + row * p.output_offset.batch_stride : nullptr;
+
+  for (int64_t channel = begin; channel < end; channel += kLanes) {
+    const int64_t lanes = end - channel < kLanes ? end - channel : kLanes;
+    Vec dt = load_first(delta + channel, lanes);
+    if (p.dt_bias) dt += load_first(p.dt_bias + channel, lanes);
+    if (p.dt_softplus) dt = softplus_sigmoid(dt).softplus;
+    const Vec value = load_first(x + channel, lanes);
+    float dt_of[kLanes], dtx_of[kLanes];
+    store(dt_of, dt * kLog2e);
+    store(dtx_of, dt * value);
+
+    Vec sums[kLanes] = {};
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t first = (channel + i) * p.dstate;
+      for (int64_t n = 0; n < p.dstate; n += kLanes) {
+        const int64_t states = p.dstate - n < kLanes ? p.dstate - n : kLanes;
+        const Vec exponent = at_least(load_first(p.A + first + n, states) * dt_of[i], -1000.0f);
+        Vec h = load_first(state + first + n, states);
+        h = exp2(exponent) * h + load_first(B + n, states) * dtx_of[i];
+        store_first(state + first + n, h, states);
+        if (state_offset) h += load_first(state_offset + first + n, states);
+        sums[i] += h * load_first(C + n, states);
+      }
+    }
+    Vec y = sum_each(sums);
+    if (p.D) y += load_first(p.D + channel, lanes) * value;
+    if (output_offset) y += load_first(output_offset + channel, lanes);
+    if (z) {
+      const Vec gate = load_first(z + channel, lanes);
+      y *= gate * sigmoid(gate);
+    }
+    store_first(out + channel, y, lanes);
+  }
+}
+
+}  // namespace
+
+void selective_state_update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  switch (p.dtype) {
+    case DType::kFloat32: return update<float>(p, row, begin, end);
+    case DType::kBFloat16: return update<BFloat16>(p, row, begin, end);
+    case DType::kFloat16: return update<Float16>(p, row, begin, end);
+  }
+}
+
+}  // namespace ssmtune::SSMTUNE_CPU_CAPABILITY

@@ -1,0 +1,128 @@
+// What the CPU kernels are called with. Free of torch: plain pointers, sizes and strides in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace ssmtune {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// A (batch, channels, time) tensor in which the channels or the steps lie next to each other; `stride` is that of the
+// other axis. A null `data` stands for an argument that was not given, or a gradient that is not wanted.
+struct SequenceTensor {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  bool channels_last = true;
+  int64_t batch_stride = 0;
+  int64_t stride = 0;
+};
+
+// A contiguous fp32 parameter of each channel, shared by the batch (batch_stride 0) or one for each row of it.
+struct ChannelParameter {
+  const float* data = nullptr;
+  int64_t batch_stride = 0;
+};
+
+// The gradient of such a parameter. A shared one is written once per batch group, at data + group * group_stride, and the
+// caller adds the groups up; one per row is written at data + row * batch_stride.
+struct ChannelGradient {
+  float* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t group_stride = 0;
+};
+
+// Work is cut into groups * ranges tasks: some rows of the batch times some channels. The cut depends on shapes alone, and
+// each task adds up its results in a fixed order, so results do not depend on the number of threads.
+struct Partition {
+  static constexpr int64_t kUnit = 32;  // channels; a multiple of every kernel's block of channels
+
+  int64_t batch, dim, groups, ranges;
+
+  int64_t tasks() const { return groups * ranges; }
+  int64_t group(int64_t task) const { return task / ranges; }
+  int64_t range(int64_t task) const { return task % ranges; }
+  int64_t batch_begin(int64_t task) const { return batch * group(task) / groups; }
+  int64_t batch_end(int64_t task) const { return batch * (group(task) + 1) / groups; }
+  int64_t channel_begin(int64_t task) const { return boundary(range(task)); }
+  int64_t channel_end(int64_t task) const { return boundary(range(task) + 1); }
+  int64_t units() const { return (dim + kUnit - 1) / kUnit; }
+  int64_t max_range_channels() const { return (units() + ranges - 1) / ranges * kUnit; }
+
+ private:
+  int64_t boundary(int64_t range) const {
+    const int64_t channel = units() * range / ranges * kUnit;
+    return channel < dim ? channel : dim;
+  }
+};
+
+// The forward scan keeps one state every kChunk steps; the backward scan recomputes the steps between.
+inline constexpr int64_t kChunk = 64;
+// Channels of chunk_states are padded to a multiple of this.
+inline constexpr int64_t kChannelPadding = 16;
+// dB and dC partial sums hold kStateGroup values of dB, then as many of dC, for each group of states.
+inline constexpr int64_t kStateGroup = 8;
+
+inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+struct SelectiveScanParams {
+  Partition partition;
+  int64_t batch, dim, seqlen, dstate;
+  SequenceTensor u, delta, z, B, C;
+  const float* A;           // (dim, dstate)
+  const float* D;           // (dim,)
+  const float* delta_bias;  // (dim,)
+  ChannelParameter initial_state, state_offset, output_offset;
+  bool delta_softplus;
+  float* chunk_states;  // (batch, chunks, padded dim / lanes, dstate, lanes): the state after each chunk
+
+  int64_t chunks() const { return (seqlen + kChunk - 1) / kChunk; }
+  int64_t padded_states() const { return round_up(dstate, kStateGroup); }
+};
+
+struct SelectiveScanForward : SelectiveScanParams {
+  SequenceTensor out;
+  float* last_state;  // (batch, dim, dstate)
+};
+
+struct SelectiveScanBackward : SelectiveScanParams {
+  SequenceTensor dout, du, ddelta, dz;
+  const float* dlast_state;  // (batch, dim, dstate)
+  float* dBC;                // (batch, ranges, seqlen, padded states / kStateGroup, 2, kStateGroup), or null
+  ChannelGradient dA, dD, ddelta_bias, dinitial_state, dstate_offset, doutput_offset;
+};
+
+struct SelectiveStateUpdate {
+  int64_t batch, dim, dstate;
+  DType dtype;
+  float* state;  // (batch, dim, dstate)
+  const void *x, *dt, *z;  // (batch, dim)
+  const void *B, *C;       // (batch, dstate)
+  const float *A, *D, *dt_bias;
+  bool dt_softplus;
+  ChannelParameter state_offset, output_offset;
+  void* out;  // (batch, dim)
+};
+
+struct CausalConv1dParams {
+  Partition partition;
+  int64_t batch, dim, seqlen, width;
+  SequenceTensor x;
+  const float* weight;          // (dim, width)
+  const float* bias;            // (dim,)
+  const float* initial_states;  // (batch, dim, width - 1), oldest step first
+  bool silu;
+};
+
+struct CausalConv1dForward : CausalConv1dParams {
+  SequenceTensor out;
+};
+
+struct CausalConv1dBackward : CausalConv1dParams {
+  SequenceTensor dout, dx;
+  ChannelGradient dweight, dbias;
+  float* dinitial_states;  // (batch, dim, width - 1)
+};
+
+}  // namespace ssmtune

@@ -1,0 +1,88 @@
+// What the forward and the backward scan share: parameters laid out for the lanes, and the rows of B and C.
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
+
+// exp2 is called on delta * A: bounded factors keep the product finite, and 2^-1e36 is as much zero as 2^-inf.
+inline constexpr float kBound = 1e18f;
+
+// Per-channel matrices and vectors of one task, a block of kLanes channels after the other: (blocks, padded states, lanes)
+// and (blocks, lanes). Padded states have A = 0 and start from zero; as B and C are zero there too, they stay zero.
+class ChannelBlocks {
+ public:
+  ChannelBlocks(const SelectiveScanParams& p, int64_t channel_begin, int64_t channel_end)
+      : channel_begin_(channel_begin), channel_end_(channel_end), dstate_(p.dstate), matrix_size_(p.padded_states() * kLanes) {}
+
+  int64_t count() const { return (channel_end_ - channel_begin_ + kLanes - 1) / kLanes; }
+  int64_t channel(int64_t block) const { return channel_begin_ + block * kLanes; }
+  int64_t lanes(int64_t block) const { return lanes_left(channel(block), channel_end_); }
+  int64_t matrix_size() const { return matrix_size_; }
+
+  void pack_matrix(const float* source, float* packed) const {
+    for (int64_t i = 0; i < count(); ++i) {
+      float* const tile = packed + i * matrix_size_;
+      read_matrix(source, dstate_, channel(i), lanes(i), tile);
+      fill_zero(tile + dstate_ * kLanes, matrix_size_ - dstate_ * kLanes);
+    }
+  }
+  void unpack_matrix(const float* packed, float* target) const {
+    for (int64_t i = 0; i < count(); ++i) {
+      write_matrix(target, dstate_, channel(i), lanes(i), packed + i * matrix_size_);
+    }
+  }
+  // Without a source the values are zero.
+  void pack_vector(const float* source, float* packed) const {
+    for (int64_t i = 0; i < count(); ++i) {
+      store(packed + i * kLanes, source ? load_first(source + channel(i), lanes(i)) : Vec{});
+    }
+  }
+  void unpack_vector(const float* packed, float* target) const {
+    for (int64_t i = 0; i < count(); ++i) {
+      store_first(target + channel(i), load(packed + i * kLanes), lanes(i));
+    }
+  }
+
+  // A as the exponent wants it: in powers of two.
+  void pack_decay(const float* A, float* packed) const {
+    pack_matrix(A, packed);
+    for (int64_t i = 0; i < count() * matrix_size_; i += kLanes) {
+      store(packed + i, at_least(load(packed + i) * kLog2e, -kBound));
+    }
+  }
+
+ private:
+  int64_t channel_begin_, channel_end_, dstate_, matrix_size_;
+};
+
+// B or C over one chunk: rows of floats, the states next to each other and padded with zeros to whole groups.
+struct StateRows {
+  const float* data;
+  int64_t stride;
+
+  const float* operator[](int64_t step) const { return data + step * stride; }
+};
+
+inline int64_t state_rows_floats(const SelectiveScanParams& p) { return kChunk * round_up(p.dstate, 16); }
+
+inline StateRows state_rows(const SelectiveScanParams& p, const SequenceTensor& x, int64_t batch, int64_t time, int64_t steps,
+                            float* buffer) {
+  if (x.channels_last && x.dtype == DType::kFloat32 && p.dstate % kStateGroup == 0) {
+    return {static_cast<const float*>(x.data) + batch * x.batch_stride + time * x.stride, x.stride};
+  }
+  const int64_t stride = round_up(p.dstate, 16);
+  for (int64_t n = 0; n < p.padded_states(); n += kLanes) {
+    const int64_t lanes = lanes_left(n, p.dstate);
+    read_tile(x, {batch, n, lanes > 0 ? lanes : 0, time, steps}, buffer + n, stride);
+  }
+  return {buffer, stride};
+}
+
+// Where chunk_states keeps the state after `chunk` of the block that starts at `channel`: (dstate, lanes).
+inline float* chunk_state(const SelectiveScanParams& p, int64_t batch, int64_t chunk, int64_t channel) {
+  const int64_t size = round_up(p.dim, kChannelPadding) * p.dstate;
+  return p.chunk_states + (batch * p.chunks() + chunk) * size + channel * p.dstate;
+}
+
+}  // namespace ssmtune::SSMTUNE_CPU_CAPABILITY

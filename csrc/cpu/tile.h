@@ -1,0 +1,87 @@
+// Tiles: some steps of kLanes neighbouring channels, as rows of floats with the channels in the lanes.
+#pragma once
+
+#include "cpu/params.h"
+#include "cpu/vec.h"
+
+namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
+
+// Which part of a SequenceTensor a tile is. Lanes from `lanes` on lie past the last channel: they are read as zero and
+// not written.
+struct TilePosition {
+  int64_t batch, channel, lanes, time, steps;
+};
+
+void read_tile(const SequenceTensor& x, const TilePosition& at, float* tile, int64_t tile_stride);
+void write_tile(const SequenceTensor& x, const TilePosition& at, const float* tile, int64_t tile_stride);
+
+// Rows of a tile: in the tensor itself where its memory already has that form, else in a buffer.
+template <typename Float>
+struct Rows {
+  Float* data;
+  int64_t stride;
+  bool direct;
+
+  Float* operator[](int64_t step) const { return data + step * stride; }
+};
+
+SSMTUNE_INLINE bool is_direct(const SequenceTensor& x, const TilePosition& at) {
+  return x.channels_last && x.dtype == DType::kFloat32 && at.lanes == kLanes;
+}
+SSMTUNE_INLINE float* address(const SequenceTensor& x, const TilePosition& at) {
+  return static_cast<float*>(x.data) + at.batch * x.batch_stride + at.time * x.stride + at.channel;
+}
+
+SSMTUNE_INLINE Rows<const float> input_rows(const SequenceTensor& x, const TilePosition& at, float* buffer) {
+  if (is_direct(x, at)) return {address(x, at), x.stride, true};
+  read_tile(x, at, buffer, kLanes);
+  return {buffer, kLanes, false};
+}
+
+// Rows to write to; those that are a buffer reach the tensor in finish_rows. Without a tensor they are only a buffer.
+SSMTUNE_INLINE Rows<float> output_rows(const SequenceTensor& x, const TilePosition& at, float* buffer) {
+  if (x.data && is_direct(x, at)) return {address(x, at), x.stride, true};
+  return {buffer, kLanes, false};
+}
+SSMTUNE_INLINE void finish_rows(const SequenceTensor& x, const TilePosition& at, const Rows<float>& rows) {
+  if (x.data && !rows.direct) write_tile(x, at, rows.data, rows.stride);
+}
+
+// A (channels, columns) matrix is a sequence of its columns with the columns next to each other.
+SSMTUNE_INLINE SequenceTensor matrix(const float* data, int64_t columns) {
+  return {const_cast<float*>(data), DType::kFloat32, false, 0, columns};
+}
+// Reads kLanes rows of it as `columns` vectors; rows past the last one are zero.
+SSMTUNE_INLINE void read_matrix(const float* data, int64_t columns, int64_t row, int64_t lanes, float* tile) {
+  read_tile(matrix(data, columns), {0, row, lanes, 0, columns}, tile, kLanes);
+}
+SSMTUNE_INLINE void write_matrix(float* data, int64_t columns, int64_t row, int64_t lanes, const float* tile) {
+  write_tile(matrix(data, columns), {0, row, lanes, 0, columns}, tile, kLanes);
+}
+
+SSMTUNE_INLINE int64_t lanes_left(int64_t channel, int64_t channels) {
+  return channels - channel < kLanes ? channels - channel : kLanes;
+}
+
+SSMTUNE_INLINE void fill_zero(float* p, int64_t count) { __builtin_memset(p, 0, count * sizeof(float)); }
+SSMTUNE_INLINE void copy(float* to, const float* from, int64_t count) {
+  __builtin_memcpy(to, from, count * sizeof(float));
+}
+
+// Hands out pieces of scratch memory; without memory it only adds up how much is needed.
+class Arena {
+ public:
+  explicit Arena(float* memory) : memory_(memory) {}
+  float* take(int64_t count) {
+    float* piece = memory_ ? memory_ + used_ : nullptr;
+    used_ += round_up(count, 16);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* memory_;
+  int64_t used_ = 0;
+};
+
+}  // namespace ssmtune::SSMTUNE_CPU_CAPABILITY

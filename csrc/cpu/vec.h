@@ -1,0 +1,328 @@
+// One register of floats, as wide as the instruction set this file is compiled for.
+//
+// Everything here lives in a namespace named after that instruction set, and nothing from the C++ library that could be
+// compiled out of line is used: an inline function shared between instruction sets could be linked from the wrong one.
+#pragma once
+
+#include <cstdint>
+#include <utility>  // std::integer_sequence
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the deliberately undefined operands of its own AVX-512 intrinsics for mistakes (PR 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#ifndef SSMTUNE_CPU_CAPABILITY
+#define SSMTUNE_CPU_CAPABILITY default_
+#endif
+
+#define SSMTUNE_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define SSMTUNE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SSMTUNE_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t BitVec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+SSMTUNE_INLINE BitVec bits_of(Vec x) { return (BitVec)x; }
+SSMTUNE_INLINE Vec from_bits(BitVec x) { return (Vec)x; }
+SSMTUNE_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+SSMTUNE_INLINE Vec select(IntVec mask, Vec if_true, Vec if_false) {
+  return mask ? if_true : if_false;
+}
+SSMTUNE_INLINE BitVec select(IntVec mask, BitVec if_true, BitVec if_false) {
+  return mask ? if_true : if_false;
+}
+
+// Both return a NaN x.
+SSMTUNE_INLINE Vec at_least(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(broadcast(bound), x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(broadcast(bound), x);
+#elif defined(__SSE2__)
+  return _mm_max_ps(broadcast(bound), x);
+#else
+  return select(x < bound, broadcast(bound), x);
+#endif
+}
+SSMTUNE_INLINE Vec at_most(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(broadcast(bound), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(broadcast(bound), x);
+#elif defined(__SSE2__)
+  return _mm_min_ps(broadcast(bound), x);
+#else
+  return select(x > bound, broadcast(bound), x);
+#endif
+}
+SSMTUNE_INLINE Vec abs(Vec x) { return from_bits(bits_of(x) & 0x7fffffffu); }
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+SSMTUNE_INLINE Vec widen(HalfVec x, BFloat16) { return from_bits(__builtin_convertvector(x, BitVec) << 16); }
+
+SSMTUNE_INLINE HalfVec narrow(Vec x, BFloat16) {  // to nearest, ties to even
+  const BitVec bits = bits_of(x);
+  const BitVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(select(x != x, BitVec{} + 0x7fc0u, rounded), HalfVec);
+}
+
+SSMTUNE_INLINE Vec widen(HalfVec x, Float16) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)x);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return _mm256_cvtph_ps((__m128i)x);
+#else
+  const BitVec half = __builtin_convertvector(x, BitVec);
+  const BitVec magnitude = half & 0x7fffu;
+  const Vec value = from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent; right for subnormals too
+  const BitVec special = select(magnitude >= 0x7c00u, BitVec{} + 0x7f800000u, BitVec{});
+  return from_bits(bits_of(value) | special | (half & 0x8000u) << 16);
+#endif
+}
+
+SSMTUNE_INLINE HalfVec narrow(Vec x, Float16) {  // to nearest, ties to even
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (HalfVec)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const BitVec sign = bits_of(x) & 0x80000000u;
+  const BitVec magnitude = bits_of(x) ^ sign;
+  // Adding 0.5 aligns a subnormal result with the last bits of the sum, correctly rounded.
+  const BitVec subnormal = bits_of(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const BitVec normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const BitVec overflow = select(magnitude > 0x7f800000u, BitVec{} + 0x7e00u, BitVec{} + 0x7c00u);
+  BitVec half = select(magnitude < 0x38800000u, subnormal, normal);
+  half = select(magnitude >= 0x47800000u, overflow, half);
+  return __builtin_convertvector(half | sign >> 16, HalfVec);
+#endif
+}
+
+SSMTUNE_INLINE Vec load(const float* p) {
+  Vec x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+SSMTUNE_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+template <typename Half>
+SSMTUNE_INLINE Vec load(const Half* p) {
+  HalfVec x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return widen(x, Half{});
+}
+template <typename Half>
+SSMTUNE_INLINE void store(Half* p, Vec x) {
+  const HalfVec half = narrow(x, Half{});
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+// The first `count` lanes, zero in the others.
+template <typename T>
+SSMTUNE_INLINE Vec load_first(const T* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  T buffer[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <typename T>
+SSMTUNE_INLINE void store_first(T* p, Vec x, int64_t count) {
+  if (count == kLanes) return store(p, x);
+  T buffer[kLanes];
+  store(buffer, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// ---- lane movement -------------------------------------------------------------------------------------------------
+
+template <typename Index, int... lane>
+SSMTUNE_INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, Index::of(lane)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{Index::of(lane)...});
+#endif
+}
+template <typename Index>
+SSMTUNE_INLINE Vec shuffle(Vec a, Vec b) {
+  return shuffle<Index>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Patterns that x86 has an instruction for; lanes of the second operand count from kLanes.
+template <int kHigh>
+struct InterleaveLanes {  // {a0, b0, a1, b1} of the low or high half of each four lanes
+  static constexpr int of(int i) { return i / 4 * 4 + i % 4 / 2 + 2 * kHigh + i % 2 * kLanes; }
+};
+template <int kHigh>
+struct InterleavePairs {  // {a0, a1, b0, b1}
+  static constexpr int of(int i) { return i / 4 * 4 + i % 2 + 2 * kHigh + i % 4 / 2 * kLanes; }
+};
+template <int kOdd>
+struct ConcatenateQuads {  // every other four lanes of a, then of b
+  static constexpr int of(int i) {
+    return ((2 * (i / 4) % (kLanes / 4) + kOdd) * 4 + i % 4 + i / (kLanes / 2) * kLanes) % (2 * kLanes);
+  }
+};
+
+// Lane i of the result is the sum of the lanes of x[i].
+SSMTUNE_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
+  Vec pairs[kLanes / 2], quads[kLanes / 4];
+  SSMTUNE_UNROLL
+  for (int i = 0; i < kLanes / 2; ++i) {
+    pairs[i] = shuffle<InterleaveLanes<0>>(x[2 * i], x[2 * i + 1]) + shuffle<InterleaveLanes<1>>(x[2 * i], x[2 * i + 1]);
+  }
+  SSMTUNE_UNROLL
+  for (int i = 0; i < kLanes / 4; ++i) {
+    quads[i] = shuffle<InterleavePairs<0>>(pairs[2 * i], pairs[2 * i + 1]) +
+               shuffle<InterleavePairs<1>>(pairs[2 * i], pairs[2 * i + 1]);
+  }
+  SSMTUNE_UNROLL
+  for (int count = kLanes / 8; count >= 1; count /= 2) {
+    SSMTUNE_UNROLL
+    for (int i = 0; i < count; ++i) {
+      quads[i] = shuffle<ConcatenateQuads<0>>(quads[2 * i], quads[2 * i + 1]) +
+                 shuffle<ConcatenateQuads<1>>(quads[2 * i], quads[2 * i + 1]);
+    }
+  }
+  return quads[0];
+}
+
+// Lane j of x[i] goes to lane i of x[j].
+template <int lanes>
+SSMTUNE_INLINE void transpose(Vec (&x)[lanes]) {
+  Vec y[lanes];
+  SSMTUNE_UNROLL
+  for (int i = 0; i < lanes; i += 4) {  // 4 x 4 within each four lanes
+    const Vec low01 = shuffle<InterleaveLanes<0>>(x[i], x[i + 1]), high01 = shuffle<InterleaveLanes<1>>(x[i], x[i + 1]);
+    const Vec low23 = shuffle<InterleaveLanes<0>>(x[i + 2], x[i + 3]);
+    const Vec high23 = shuffle<InterleaveLanes<1>>(x[i + 2], x[i + 3]);
+    y[i] = shuffle<InterleavePairs<0>>(low01, low23);
+    y[i + 1] = shuffle<InterleavePairs<1>>(low01, low23);
+    y[i + 2] = shuffle<InterleavePairs<0>>(high01, high23);
+    y[i + 3] = shuffle<InterleavePairs<1>>(high01, high23);
+  }
+  if constexpr (lanes == 4) {
+    SSMTUNE_UNROLL
+    for (int i = 0; i < 4; ++i) x[i] = y[i];
+  } else if constexpr (lanes == 8) {
+    SSMTUNE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      x[i] = shuffle<ConcatenateQuads<0>>(y[i], y[i + 4]);
+      x[i + 4] = shuffle<ConcatenateQuads<1>>(y[i], y[i + 4]);
+    }
+  } else {
+    SSMTUNE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Vec even01 = shuffle<ConcatenateQuads<0>>(y[i], y[i + 4]), odd01 = shuffle<ConcatenateQuads<1>>(y[i], y[i + 4]);
+      const Vec even23 = shuffle<ConcatenateQuads<0>>(y[i + 8], y[i + 12]);
+      const Vec odd23 = shuffle<ConcatenateQuads<1>>(y[i + 8], y[i + 12]);
+      x[i] = shuffle<ConcatenateQuads<0>>(even01, even23);
+      x[i + 4] = shuffle<ConcatenateQuads<0>>(odd01, odd23);
+      x[i + 8] = shuffle<ConcatenateQuads<1>>(even01, even23);
+      x[i + 12] = shuffle<ConcatenateQuads<1>>(odd01, odd23);
+    }
+  }
+}
+
+// ---- functions -----------------------------------------------------------------------------------------------------
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+// 2^x for finite x, to 1.7e-7 relative error. The constant term is exactly 1, so that decays close to 1 carry no bias. Very
+// negative x gives zero or the smallest normal number, never a NaN.
+SSMTUNE_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  // Adding 1.5 * 2^23 rounds x to an integer and leaves that integer in the low bits of the sum.
+  x = at_most(at_least(x, -126.0f), 127.5f);
+  const Vec shifted = x + 0x1.8p23f;
+  const Vec n = shifted - 0x1.8p23f;
+#endif
+  const Vec r = x - n;
+  Vec p = broadcast(0.0013264727255347442f);
+  p = p * r + 0.00967151283194963f;
+  p = p * r + 0.055507337448382696f;
+  p = p * r + 0.2402224208235888f;
+  p = p * r + 0.6931469775972633f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return from_bits(bits_of(p) + (bits_of(shifted) << 23));
+#endif
+}
+
+// exp(-|x|), saturating.
+SSMTUNE_INLINE Vec exp_negative_abs(Vec x) { return exp2(at_least(abs(x) * -kLog2e, -126.0f)); }
+
+SSMTUNE_INLINE Vec sigmoid(Vec x) {
+  const Vec e = exp_negative_abs(x);
+  return select(x < 0.0f, e, broadcast(1.0f)) / (1.0f + e);
+}
+
+struct SoftplusSigmoid {
+  Vec softplus, sigmoid;
+};
+
+// softplus(x) = max(x, 0) + log(1 + exp(-|x|)), and its derivative, for one division. The logarithm is the series of
+// 2 atanh(s) with s = e / (2 + e) <= 1/3. Above 20 both agree with a softplus that turns linear there.
+SSMTUNE_INLINE SoftplusSigmoid softplus_sigmoid(Vec x) {
+  const Vec e = exp_negative_abs(x);
+  const Vec one_plus = 1.0f + e, two_plus = 2.0f + e;
+  const Vec inverse = 1.0f / (one_plus * two_plus);
+  const Vec s = e * (inverse * one_plus);
+  const Vec s2 = s * s;
+  Vec p = broadcast(0.1400599685831509f);
+  p = p * s2 + 0.1400090198538223f;
+  p = p * s2 + 0.2001076365615791f;
+  p = p * s2 + 0.3333320814225363f;
+  p = p * s2 + 1.0f;
+  const Vec sigmoid_abs = inverse * two_plus;
+  return {at_least(x, 0.0f) + (s + s) * p, select(x < 0.0f, sigmoid_abs * e, sigmoid_abs)};
+}
+
+// Rounds subnormal results to zero while it lives: a state that has decayed away must not slow the scan down.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned int saved_;
+#endif
+};
+
+}  // namespace ssmtune::SSMTUNE_CPU_CAPABILITY

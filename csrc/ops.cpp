@@ -1,0 +1,389 @@
+// The operators ssmtune_native::*: schemas, checks, and the split of their work over threads. Results are written into
+// tensors the caller allocated; one that is None is not computed.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace ssmtune {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// ---- checks --------------------------------------------------------------------------------------------------------
+
+std::string to_string(const int64_t* sizes, int64_t count) {
+  std::string text = "(";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + ")";
+}
+
+void check_shape(const Tensor& x, const char* name, const Shape& shape) {
+  const int64_t dims = x.dim();
+  bool same = dims == static_cast<int64_t>(shape.size());
+  for (int64_t i = 0; same && i < dims; ++i) same = x.size(i) == shape[i];
+  STD_TORCH_CHECK(same, name, " has shape ", to_string(x.sizes().data(), dims), ", expected ",
+                  to_string(shape.data(), static_cast<int64_t>(shape.size())));
+  STD_TORCH_CHECK(x.is_cpu(), name, " is not on the CPU");
+}
+
+void check_sizes(std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) STD_TORCH_CHECK(size >= 1, "a dimension is empty");
+}
+
+DType dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// A (batch, channels, time) tensor of any of the two layouts.
+SequenceTensor sequence(const Tensor& x, const char* name, const Shape& shape, DType dtype) {
+  check_shape(x, name, shape);
+  STD_TORCH_CHECK(dtype_of(x, name) == dtype, name, " must have the dtype of the input");
+  const bool channels_adjacent = x.stride(1) == 1 || shape[1] == 1, steps_adjacent = x.stride(2) == 1 || shape[2] == 1;
+  STD_TORCH_CHECK(channels_adjacent || steps_adjacent, name, " must have stride 1 along its channels or its steps, got strides ",
+                  to_string(x.strides().data(), 3));
+  const bool channels_last = x.stride(1) == 1 || (channels_adjacent && x.stride(2) != 1);
+  return {x.data_ptr(), dtype, channels_last, x.stride(0), channels_last ? x.stride(2) : x.stride(1)};
+}
+SequenceTensor sequence(const OptionalTensor& x, const char* name, const Shape& shape, DType dtype) {
+  return x ? sequence(*x, name, shape, dtype) : SequenceTensor{};
+}
+
+float* contiguous(const Tensor& x, const char* name, const Shape& shape) {
+  check_shape(x, name, shape);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), name, " must be float32 and contiguous");
+  return static_cast<float*>(x.data_ptr());
+}
+float* contiguous(const OptionalTensor& x, const char* name, const Shape& shape) {
+  return x ? contiguous(*x, name, shape) : nullptr;
+}
+
+void* contiguous(const Tensor& x, const char* name, const Shape& shape, DType dtype) {
+  check_shape(x, name, shape);
+  STD_TORCH_CHECK(dtype_of(x, name) == dtype && x.is_contiguous(), name, " must be contiguous and have the dtype of the input");
+  return x.data_ptr();
+}
+void* contiguous(const OptionalTensor& x, const char* name, const Shape& shape, DType dtype) {
+  return x ? contiguous(*x, name, shape, dtype) : nullptr;
+}
+
+// A parameter of `shape`, or one for each row of the batch.
+ChannelParameter channel_parameter(const OptionalTensor& x, const char* name, int64_t batch, Shape shape) {
+  if (!x) return {};
+  int64_t row = 1;
+  for (const int64_t size : shape) row *= size;
+  const bool shared = x->dim() == static_cast<int64_t>(shape.size());
+  if (!shared) shape.insert(shape.begin(), batch);
+  return {contiguous(*x, name, shape), shared ? 0 : row};
+}
+
+// ---- work ----------------------------------------------------------------------------------------------------------
+
+// Enough tasks to keep some 16 threads busy, from rows of the batch first and from channels for the rest. `max_ranges`
+// bounds what each range of channels costs in memory.
+Partition make_partition(int64_t batch, int64_t dim, int64_t max_ranges) {
+  constexpr int64_t kTasks = 16;
+  Partition partition{batch, dim, std::min(batch, kTasks), 1};
+  const int64_t ranges = (kTasks + partition.groups - 1) / partition.groups;
+  partition.ranges = std::max<int64_t>(1, std::min({ranges, partition.units(), max_ranges}));
+  return partition;
+}
+
+constexpr std::align_val_t kAlignment{64};
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete[](p, kAlignment); }
+};
+using Buffer = std::unique_ptr<float[], AlignedDelete>;
+
+Buffer allocate(int64_t count) {
+  return Buffer(static_cast<float*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(float), kAlignment)));
+}
+
+// `work` is about the number of element updates of all tasks: small problems stay on one thread.
+int64_t grain(int64_t tasks, int64_t work) {
+  constexpr int64_t kWorkPerThread = 1 << 15;
+  return std::clamp<int64_t>(kWorkPerThread * tasks / std::max<int64_t>(work, 1), 1, tasks);
+}
+
+template <typename Params>
+void run(const Kernel<Params>& kernel, const Params& params, int64_t work) {
+  const int64_t tasks = params.partition.tasks();
+  torch::stable::parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
+    const Buffer scratch = allocate(kernel.scratch_floats(params));
+    for (int64_t task = begin; task < end; ++task) kernel.run(params, task, scratch.get());
+  });
+}
+
+// The gradient of a parameter: written by the kernel in place where each value has one writer, else added up over the
+// groups of a partition by finish().
+class Gradient {
+ public:
+  Gradient(const OptionalTensor& x, const char* name, const Partition& partition, Shape shape) : groups_(partition.groups) {
+    for (const int64_t size : shape) size_ *= size;
+    if (!x) return;
+    const bool shared = x->dim() == static_cast<int64_t>(shape.size());
+    if (!shared) shape.insert(shape.begin(), partition.batch);
+    target_ = contiguous(*x, name, shape);
+    row_stride_ = shared ? 0 : size_;
+    if (shared && groups_ > 1) partial_ = allocate(groups_ * size_);
+  }
+
+  ChannelGradient get() { return {partial_ ? partial_.get() : target_, row_stride_, partial_ ? size_ : 0}; }
+
+  void finish() const {
+    if (!partial_) return;
+    for (int64_t i = 0; i < size_; ++i) target_[i] = partial_[i];
+    for (int64_t group = 1; group < groups_; ++group) {
+      for (int64_t i = 0; i < size_; ++i) target_[i] += partial_[group * size_ + i];
+    }
+  }
+
+ private:
+  int64_t groups_, size_ = 1, row_stride_ = 0;
+  float* target_ = nullptr;
+  Buffer partial_;
+};
+
+// ---- selective scan ------------------------------------------------------------------------------------------------
+
+// Sums over ranges of channels are kept until the end; they may take about a third of the memory of u.
+int64_t max_scan_ranges(int64_t dim, int64_t dstate) { return std::max<int64_t>(4, dim / (6 * dstate)); }
+
+void fill_scan(SelectiveScanParams& p, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+               const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+               const OptionalTensor& initial_state, const OptionalTensor& state_offset, const OptionalTensor& output_offset,
+               bool delta_softplus, const OptionalTensor& chunk_states) {
+  STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must have shape (batch, dim, seqlen) and A (dim, dstate)");
+  p.batch = u.size(0), p.dim = u.size(1), p.seqlen = u.size(2), p.dstate = A.size(1);
+  check_sizes({p.batch, p.dim, p.seqlen, p.dstate});
+  p.partition = make_partition(p.batch, p.dim, max_scan_ranges(p.dim, p.dstate));
+  const Shape sequence_shape{p.batch, p.dim, p.seqlen}, state_shape{p.batch, p.dstate, p.seqlen};
+  const DType dtype = dtype_of(u, "u");
+  p.u = sequence(u, "u", sequence_shape, dtype);
+  p.delta = sequence(delta, "delta", sequence_shape, dtype);
+  p.z = sequence(z, "z", sequence_shape, dtype);
+  p.B = sequence(B, "B", state_shape, dtype);
+  p.C = sequence(C, "C", state_shape, dtype);
+  p.A = contiguous(A, "A", {p.dim, p.dstate});
+  p.D = contiguous(D, "D", {p.dim});
+  p.delta_bias = contiguous(delta_bias, "delta_bias", {p.dim});
+  p.initial_state = channel_parameter(initial_state, "initial_state", p.batch, {p.dim, p.dstate});
+  p.state_offset = channel_parameter(state_offset, "state_offset", p.batch, {p.dim, p.dstate});
+  p.output_offset = channel_parameter(output_offset, "output_offset", p.batch, {p.dim});
+  p.delta_softplus = delta_softplus;
+  p.chunk_states =
+      contiguous(chunk_states, "chunk_states", {p.batch, p.chunks(), round_up(p.dim, kChannelPadding), p.dstate});
+}
+
+void selective_scan_fwd(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                        const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+                        const OptionalTensor& initial_state, const OptionalTensor& state_offset,
+                        const OptionalTensor& output_offset, bool delta_softplus, const Tensor& out, const Tensor& last_state,
+                        const OptionalTensor& chunk_states) {
+  SelectiveScanForward p{};
+  fill_scan(p, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset, delta_softplus, chunk_states);
+  p.out = sequence(out, "out", {p.batch, p.dim, p.seqlen}, p.u.dtype);
+  p.last_state = contiguous(last_state, "last_state", {p.batch, p.dim, p.dstate});
+  run(kernels().selective_scan_fwd, p, p.batch * p.dim * p.seqlen * p.dstate);
+}
+
+// Adds up the ranges' shares of dB and dC, in their order.
+void reduce_dBC(const SelectiveScanBackward& p, const float* shares, float* dB, float* dC) {
+  const int64_t ranges = p.partition.ranges, row = 2 * p.padded_states();
+  torch::stable::parallel_for(0, p.batch * p.seqlen, 256, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(row);
+    for (int64_t step = begin; step < end; ++step) {
+      const float* share = shares + (step / p.seqlen * ranges * p.seqlen + step % p.seqlen) * row;
+      std::copy_n(share, row, sum.data());
+      for (int64_t range = 1; range < ranges; ++range) {
+        share += p.seqlen * row;
+        for (int64_t i = 0; i < row; ++i) sum[i] += share[i];
+      }
+      for (int64_t n = 0; n < p.dstate; n += kStateGroup) {
+        const int64_t count = std::min(kStateGroup, p.dstate - n);
+        if (dB) std::copy_n(sum.data() + 2 * n, count, dB + step * p.dstate + n);
+        if (dC) std::copy_n(sum.data() + 2 * n + kStateGroup, count, dC + step * p.dstate + n);
+      }
+    }
+  });
+}
+
+// dB and dC are (batch, dstate, seqlen) views of contiguous (batch, seqlen, dstate) tensors.
+float* state_gradient(const OptionalTensor& x, const char* name, const SelectiveScanParams& p) {
+  if (!x) return nullptr;
+  check_shape(*x, name, {p.batch, p.dstate, p.seqlen});
+  const bool layout = (x->stride(1) == 1 || p.dstate == 1) && (x->stride(2) == p.dstate || p.seqlen == 1) &&
+                      (x->stride(0) == p.seqlen * p.dstate || p.batch == 1);
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && layout, name,
+                  " must be float32 and the transpose of a contiguous (batch, seqlen, dstate) tensor");
+  return static_cast<float*>(x->data_ptr());
+}
+
+void selective_scan_bwd(const OptionalTensor& dout, const OptionalTensor& dlast_state, const Tensor& u, const Tensor& delta,
+                        const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                        const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                        const OptionalTensor& state_offset, const OptionalTensor& output_offset, const Tensor& chunk_states,
+                        bool delta_softplus, const OptionalTensor& du, const OptionalTensor& ddelta, const OptionalTensor& dA,
+                        const OptionalTensor& dB, const OptionalTensor& dC, const OptionalTensor& dD, const OptionalTensor& dz,
+                        const OptionalTensor& ddelta_bias, const OptionalTensor& dinitial_state,
+                        const OptionalTensor& dstate_offset, const OptionalTensor& doutput_offset) {
+  SelectiveScanBackward p{};
+  fill_scan(p, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset, delta_softplus, chunk_states);
+  const Shape sequence_shape{p.batch, p.dim, p.seqlen}, matrix_shape{p.dim, p.dstate}, vector_shape{p.dim};
+  STD_TORCH_CHECK(!dz || z, "dz was asked for without z");
+  p.dout = sequence(dout, "dout", sequence_shape, p.u.dtype);
+  p.du = sequence(du, "du", sequence_shape, p.u.dtype);
+  p.ddelta = sequence(ddelta, "ddelta", sequence_shape, p.u.dtype);
+  p.dz = sequence(dz, "dz", sequence_shape, p.u.dtype);
+  p.dlast_state = contiguous(dlast_state, "dlast_state", {p.batch, p.dim, p.dstate});
+  float* const dB_target = state_gradient(dB, "dB", p);
+  float* const dC_target = state_gradient(dC, "dC", p);
+  Buffer dBC;
+  if (dB || dC) dBC = allocate(p.batch * p.partition.ranges * p.seqlen * 2 * p.padded_states());
+  p.dBC = dBC.get();
+  Gradient gradients[] = {{dA, "dA", p.partition, matrix_shape},
+                          {dD, "dD", p.partition, vector_shape},
+                          {ddelta_bias, "ddelta_bias", p.partition, vector_shape},
+                          {dinitial_state, "dinitial_state", p.partition, matrix_shape},
+                          {dstate_offset, "dstate_offset", p.partition, matrix_shape},
+                          {doutput_offset, "doutput_offset", p.partition, vector_shape}};
+  p.dA = gradients[0].get(), p.dD = gradients[1].get(), p.ddelta_bias = gradients[2].get();
+  p.dinitial_state = gradients[3].get(), p.dstate_offset = gradients[4].get(), p.doutput_offset = gradients[5].get();
+
+  run(kernels().selective_scan_bwd, p, 2 * p.batch * p.dim * p.seqlen * p.dstate);
+  if (p.dBC) reduce_dBC(p, p.dBC, dB_target, dC_target);
+  for (const Gradient& gradient : gradients) gradient.finish();
+}
+
+// ---- one step ------------------------------------------------------------------------------------------------------
+
+void selective_state_update(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                            const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
+                            bool dt_softplus, const OptionalTensor& state_offset, const OptionalTensor& output_offset,
+                            const Tensor& out) {
+  STD_TORCH_CHECK(state.dim() == 3, "state must have shape (batch, dim, dstate)");
+  SelectiveStateUpdate p{};
+  p.batch = state.size(0), p.dim = state.size(1), p.dstate = state.size(2);
+  check_sizes({p.batch, p.dim, p.dstate});
+  p.dtype = dtype_of(x, "x");
+  const Shape channel_shape{p.batch, p.dim}, state_shape{p.batch, p.dstate};
+  p.state = contiguous(state, "state", {p.batch, p.dim, p.dstate});
+  p.x = contiguous(x, "x", channel_shape, p.dtype);
+  p.dt = contiguous(dt, "dt", channel_shape, p.dtype);
+  p.z = contiguous(z, "z", channel_shape, p.dtype);
+  p.out = contiguous(out, "out", channel_shape, p.dtype);
+  p.B = contiguous(B, "B", state_shape, p.dtype);
+  p.C = contiguous(C, "C", state_shape, p.dtype);
+  p.A = contiguous(A, "A", {p.dim, p.dstate});
+  p.D = contiguous(D, "D", {p.dim});
+  p.dt_bias = contiguous(dt_bias, "dt_bias", {p.dim});
+  p.dt_softplus = dt_softplus;
+  p.state_offset = channel_parameter(state_offset, "state_offset", p.batch, {p.dim, p.dstate});
+  p.output_offset = channel_parameter(output_offset, "output_offset", p.batch, {p.dim});
+
+  const int64_t units = (p.dim + Partition::kUnit - 1) / Partition::kUnit, tasks = p.batch * units;
+  const auto update = kernels().selective_state_update;
+  torch::stable::parallel_for(0, tasks, grain(tasks, p.batch * p.dim * p.dstate), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t channel = task % units * Partition::kUnit;
+      update(p, task / units, channel, std::min(channel + Partition::kUnit, p.dim));
+    }
+  });
+}
+
+// ---- causal convolution --------------------------------------------------------------------------------------------
+
+void fill_conv(CausalConv1dParams& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& initial_states, bool silu) {
+  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "x must have shape (batch, dim, seqlen) and weight (dim, width)");
+  p.batch = x.size(0), p.dim = x.size(1), p.seqlen = x.size(2), p.width = weight.size(1);
+  check_sizes({p.batch, p.dim, p.seqlen, p.width});
+  p.partition = make_partition(p.batch, p.dim, p.dim);
+  p.x = sequence(x, "x", {p.batch, p.dim, p.seqlen}, dtype_of(x, "x"));
+  p.weight = contiguous(weight, "weight", {p.dim, p.width});
+  p.bias = contiguous(bias, "bias", {p.dim});
+  p.initial_states = contiguous(initial_states, "initial_states", {p.batch, p.dim, p.width - 1});
+  p.silu = silu;
+}
+
+void causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_states,
+                       bool silu, const Tensor& out) {
+  CausalConv1dForward p{};
+  fill_conv(p, x, weight, bias, initial_states, silu);
+  p.out = sequence(out, "out", {p.batch, p.dim, p.seqlen}, p.x.dtype);
+  run(kernels().causal_conv1d_fwd, p, p.batch * p.dim * p.seqlen);
+}
+
+void causal_conv1d_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& initial_states, bool silu, const OptionalTensor& dx, const OptionalTensor& dweight,
+                       const OptionalTensor& dbias, const OptionalTensor& dinitial_states) {
+  CausalConv1dBackward p{};
+  fill_conv(p, x, weight, bias, initial_states, silu);
+  p.dout = sequence(dout, "dout", {p.batch, p.dim, p.seqlen}, p.x.dtype);
+  p.dx = sequence(dx, "dx", {p.batch, p.dim, p.seqlen}, p.x.dtype);
+  p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.batch, p.dim, p.width - 1});
+  Gradient weight_gradient(dweight, "dweight", p.partition, {p.dim, p.width});
+  Gradient bias_gradient(dbias, "dbias", p.partition, {p.dim});
+  p.dweight = weight_gradient.get();
+  p.dbias = bias_gradient.get();
+  run(kernels().causal_conv1d_bwd, p, 2 * p.batch * p.dim * p.seqlen);
+  weight_gradient.finish();
+  bias_gradient.finish();
+}
+
+std::string cpu_capability() { return kernels().capability; }
+
+}  // namespace
+}  // namespace ssmtune
+
+STABLE_TORCH_LIBRARY(ssmtune_native, m) {
+  m.def(
+      "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "Tensor? initial_state, Tensor? state_offset, Tensor? output_offset, bool delta_softplus, Tensor(a!) out, "
+      "Tensor(b!) last_state, Tensor(c!)? chunk_states) -> ()");
+  m.def(
+      "selective_scan_bwd(Tensor? dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? state_offset, Tensor? output_offset, Tensor chunk_states, "
+      "bool delta_softplus, Tensor(a!)? du, Tensor(b!)? ddelta, Tensor(c!)? dA, Tensor(d!)? dB, Tensor(e!)? dC, "
+      "Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state, Tensor(j!)? dstate_offset, "
+      "Tensor(k!)? doutput_offset) -> ()");
+  m.def(
+      "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, bool dt_softplus, Tensor? state_offset, Tensor? output_offset, Tensor(b!) out) -> ()");
+  m.def(
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, bool silu, Tensor(a!) out) -> ()");
+  m.def(
+      "causal_conv1d_bwd(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, bool silu, "
+      "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dinitial_states) -> ()");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssmtune_native, CPU, m) {
+  m.impl("selective_scan_fwd", TORCH_BOX(&ssmtune::selective_scan_fwd));
+  m.impl("selective_scan_bwd", TORCH_BOX(&ssmtune::selective_scan_bwd));
+  m.impl("selective_state_update", TORCH_BOX(&ssmtune::selective_state_update));
+  m.impl("causal_conv1d_fwd", TORCH_BOX(&ssmtune::causal_conv1d_fwd));
+  m.impl("causal_conv1d_bwd", TORCH_BOX(&ssmtune::causal_conv1d_bwd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssmtune_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&ssmtune::cpu_capability));
+}
