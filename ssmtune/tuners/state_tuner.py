@@ -191,6 +191,16 @@ class StateTunerModel(BaseTuner):
     # What to do instead of merging.
     merge_remedy: str
 
+    def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        own = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        known = getattr(model, "peft_config", {}).get(adapter_name)
+        if known is not None and known.peft_type != own.peft_type:
+            raise ValueError(
+                f"the model already has an adapter named {adapter_name!r}, of the method {known.peft_type.value}.\n"
+                "  Methods beside each other share one list of names. Pass another adapter_name."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: StateTunerConfig, model_config: dict) -> StateTunerConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = {name.rpartition(".")[2] for name, _ in find_mixers(self.model)}

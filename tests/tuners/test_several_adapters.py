@@ -1,0 +1,204 @@
+"""Several adapters of one method, and methods beside each other."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+import ssmtune
+from ssmtune.tuners import InitialStateConfig, StateOffsetConfig, StateOffsetLayer
+
+LORA = {"target_modules": ["in_proj", "x_proj"], "r": 2, "task_type": "CAUSAL_LM"}
+METHODS = {
+    "offset": lambda: StateOffsetConfig(task_type="CAUSAL_LM"),
+    "initial": lambda: InitialStateConfig(task_type="CAUSAL_LM"),
+    "low": lambda: LoraConfig(**LORA),
+}
+PAIRS = [("offset", "low"), ("low", "offset"), ("initial", "low"), ("low", "initial"), ("offset", "initial")]
+
+
+def fill(model, adapter_name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{adapter_name}" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def two_adapters(tiny_mamba, make_config):
+    model = get_peft_model(tiny_mamba, make_config(), adapter_name="first")
+    model.add_adapter("second", make_config())
+    fill(model, "first", 1)
+    fill(model, "second", 2)
+    return model
+
+
+def test_a_new_adapter_is_inactive(tiny_mamba, make_config, make_nonzero, input_ids, logits):
+    model = make_nonzero(get_peft_model(tiny_mamba, make_config()))
+    expected = logits(model, input_ids)
+    model.add_adapter("second", make_config())
+    fill(model, "second", 2)
+    assert torch.equal(logits(model, input_ids), expected)
+    assert all(".default" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_set_adapter_switches(two_adapters, input_ids, logits):
+    first = logits(two_adapters, input_ids)
+    two_adapters.set_adapter("second")
+    second = logits(two_adapters, input_ids)
+    assert (first - second).abs().max() > 1e-3
+    assert all(".second" in name for name, p in two_adapters.named_parameters() if p.requires_grad)
+    two_adapters.set_adapter("first")
+    assert torch.equal(logits(two_adapters, input_ids), first)
+
+
+def test_active_adapters_are_summed(two_adapters, input_ids, logits):
+    layers = [m for m in two_adapters.modules() if isinstance(m, ssmtune.mixers.StateAdapter)]
+
+    def handed_over(layer):
+        return {name: value for name, value in vars(layer.state_inputs()).items() if value is not None}
+
+    apart = []
+    for name in ("first", "second"):
+        two_adapters.set_adapter(name)
+        apart.append([handed_over(layer) for layer in layers])
+    two_adapters.base_model.set_adapter(["first", "second"])
+    for one, other, both in zip(*apart, map(handed_over, layers), strict=True):
+        assert one.keys() == other.keys() == both.keys() and len(both) == 1
+        for name, value in both.items():
+            torch.testing.assert_close(value, one[name] + other[name])
+    assert all(p.requires_grad for m in layers for p in m.parameters())
+    assert torch.isfinite(logits(two_adapters, input_ids)).all()
+
+
+def test_delete_adapter(two_adapters, input_ids, logits):
+    two_adapters.set_adapter("second")
+    second = logits(two_adapters, input_ids)
+    two_adapters.delete_adapter("first")
+    assert not any(".first" in name for name, _ in two_adapters.named_parameters())
+    assert torch.equal(logits(two_adapters, input_ids), second)
+    base = two_adapters.get_base_model()
+    two_adapters.delete_adapter("second")
+    assert not any("_adapter." in name for name, _ in base.named_parameters())
+    assert (logits(base, input_ids) - second).abs().max() > 1e-3
+
+
+def test_status(two_adapters):
+    status = two_adapters.get_model_status()
+    assert (status.num_adapter_layers, status.active_adapters, status.merged_adapters) == (2, ["first"], [])
+    assert status.available_adapters == ["first", "second"]
+    assert {layer.module_type for layer in two_adapters.get_layer_status()} <= {"StateOffsetLayer", "InitialStateLayer"}
+
+
+def test_adapters_are_stored_apart(two_adapters, tiny_mamba, make_config, tmp_path, input_ids, logits):
+    two_adapters.save_pretrained(tmp_path)
+    two_adapters.set_adapter("second")
+    two_adapters.requires_grad_(False)
+    expected = logits(two_adapters, input_ids)
+    loaded = PeftModel.from_pretrained(two_adapters.unload(), tmp_path / "first", adapter_name="first")
+    loaded.load_adapter(tmp_path / "second", "other")
+    loaded.set_adapter("other")
+    loaded.requires_grad_(False)
+    assert torch.equal(logits(loaded, input_ids), expected)
+
+
+def test_low_rank_beside_dense(tiny_mamba, make_nonzero):
+    model = make_nonzero(get_peft_model(tiny_mamba, StateOffsetConfig()))
+    for name, config in {"low": StateOffsetConfig(rank=2), "y": StateOffsetConfig(target="y")}.items():
+        model.add_adapter(name, config)
+        fill(model, name, 3)
+    layer = next(m for m in model.modules() if isinstance(m, StateOffsetLayer))
+    model.base_model.set_adapter(["default", "low", "y"])
+    inputs = layer.state_inputs()
+    torch.testing.assert_close(inputs.state_offset, layer.matrix("default") + layer.matrix("low"))
+    assert torch.equal(inputs.output_offset, layer.vector("y"))
+
+
+@pytest.fixture(params=PAIRS, ids="-then-".join)
+def stack(request, tiny_mamba):
+    """Two methods on one model: the names in order, the two PeftModels, and the model both of them wrap."""
+    models = []
+    for name in request.param:
+        models.append(get_peft_model(tiny_mamba, METHODS[name](), adapter_name=name))
+    for seed, name in enumerate(request.param):
+        fill(tiny_mamba, name, seed)
+    return request.param, models, tiny_mamba
+
+
+def test_methods_train_beside_each_other(stack, input_ids):
+    names, models, base = stack
+    models[1](input_ids=input_ids, labels=input_ids).loss.backward()
+    trainable = {name: p for name, p in base.named_parameters() if p.requires_grad}
+    for name in names:
+        assert any(f".{name}" in parameter for parameter in trainable)
+    for name, parameter in trainable.items():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    assert all(f".{names[0]}" in n or f".{names[1]}" in n for n in trainable)
+
+
+def test_methods_generate_beside_each_other(stack, input_ids):
+    _, models, _ = stack
+    arguments = dict(input_ids=input_ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(*(models[1].generate(**arguments, use_cache=use_cache) for use_cache in (True, False)))
+
+
+def test_methods_are_stored_apart(stack, tmp_path, input_ids, logits):
+    names, models, base = stack
+    expected = logits(base, input_ids)
+    models[1].save_pretrained(tmp_path)
+    for model in reversed(models):
+        model.unload()
+    assert not any(isinstance(m, (LoraLayer, ssmtune.mixers.StateAdapter)) for m in base.modules())
+    for name in reversed(names):
+        PeftModel.from_pretrained(base, tmp_path / name, adapter_name=name)
+    torch.testing.assert_close(logits(base, input_ids), expected)
+
+
+@pytest.mark.parametrize("pair", PAIRS[:4], ids="-then-".join)
+def test_lora_merges_under_a_state_adapter(pair, tiny_mamba, input_ids, logits):
+    models = {name: get_peft_model(tiny_mamba, METHODS[name](), adapter_name=name) for name in pair}
+    for seed, name in enumerate(pair):
+        fill(tiny_mamba, name, seed)
+    expected = logits(tiny_mamba, input_ids)
+    lora, state = models.pop("low"), models.popitem()[1]
+    lora.merge_adapter()
+    torch.testing.assert_close(logits(tiny_mamba, input_ids), expected, rtol=1e-4, atol=1e-4)
+    lora.unmerge_adapter()
+    lora.merge_and_unload()
+    assert not any(isinstance(m, LoraLayer) for m in tiny_mamba.modules())
+    torch.testing.assert_close(logits(tiny_mamba, input_ids), expected, rtol=1e-4, atol=1e-4)
+    state.unload()
+    assert type(tiny_mamba.backbone.layers[0].mixer).__name__ == "MambaMixer"
+
+
+def test_unload_of_one_state_method_keeps_the_other(tiny_mamba, input_ids, logits):
+    offset = get_peft_model(tiny_mamba, StateOffsetConfig(), adapter_name="offset")
+    initial = get_peft_model(tiny_mamba, InitialStateConfig(), adapter_name="initial")
+    fill(tiny_mamba, "initial", 1)
+    expected = logits(tiny_mamba, input_ids)
+    fill(tiny_mamba, "offset", 2)
+    offset.unload()
+    assert torch.equal(logits(tiny_mamba, input_ids), expected)
+    initial.unload()
+    assert type(tiny_mamba.backbone.layers[0].mixer).__name__ == "MambaMixer"
+
+
+def test_methods_of_transformers_beside_each_other(tiny_mamba, input_ids, logits):
+    tiny_mamba.add_adapter(LoraConfig(**LORA), "low")
+    tiny_mamba.add_adapter(StateOffsetConfig(), "offset")
+    fill(tiny_mamba, "low", 1)
+    fill(tiny_mamba, "offset", 2)
+    outputs = []
+    for names in (["low"], ["offset"], ["low", "offset"]):
+        tiny_mamba.set_adapter(names)
+        outputs.append(logits(tiny_mamba, input_ids))
+    assert all((outputs[2] - output).abs().max() > 1e-3 for output in outputs[:2])
+
+
+def test_one_name_for_two_methods_is_an_error(tiny_mamba):
+    get_peft_model(tiny_mamba, LoraConfig(**LORA))
+    with pytest.raises(
+        ValueError, match=r"already has an adapter named 'default', of the method LORA(.|\n)*adapter_name"
+    ):
+        get_peft_model(tiny_mamba, StateOffsetConfig())
