@@ -22,9 +22,7 @@ def test_unknown_name():
 
 
 def run_python(code, cwd, **environment):
-    environment = {**os.environ, **environment}
-    if "SSMTUNE_LAZY" not in environment:
-        environment.pop("SSMTUNE_LAZY", None)
+    environment = {**os.environ, "SSMTUNE_LAZY": "0", **environment}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -59,17 +59,18 @@ def test_library_uses_only_the_stable_interface_of_torch():
 
 @needs_binutils
 def test_instruction_sets_share_no_code():
-    # a function defined in two of them would be merged by the linker, and a machine without AVX-512 might run its copy
-    folders = {path.name: path for path in (ROOT / "build" / "cmake" / "CMakeFiles").glob("kernels_*.dir")}
-    if len(folders) < 2:
+    # of an inline function defined in several objects the linker keeps one, and a machine without AVX-512 might get that
+    objects = ROOT / "build" / "cmake" / "CMakeFiles"
+    folders = {path.name: path for path in [*objects.glob("kernels_*.dir"), *objects.glob("_C.dir")]}
+    if "kernels_avx512.dir" not in folders:
         pytest.skip("the kernels were not built in build/cmake for several instruction sets")
-    defined = {}
+    inline = {}
     for name, folder in folders.items():
         symbols = output_of("nm", "--defined-only", *map(str, folder.rglob("*.o"))).splitlines()
-        defined[name] = {match[1] for line in symbols if (match := re.search(r" [VWu] (\S+)$", line))}
-    for name in folders:
-        others = set().union(*(symbols for other, symbols in defined.items() if other != name))
-        assert defined[name] & others == set()
+        inline[name] = {match[1] for line in symbols if (match := re.search(r" W (\S+)$", line))}
+    for name in ("kernels_avx512.dir", "kernels_avx2.dir"):
+        others = set().union(*(symbols for other, symbols in inline.items() if other != name))
+        assert inline[name] & others == set()
 
 
 @needs_library

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import ssmtune
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -58,7 +60,7 @@ def test_triton_kernels_are_a_sub_package_only(names):
     kernels = files_below("triton_kernels", "*.py")
     assert kernels
     assert {f"ssmtune/{name}" for name in kernels} - names == set()
-    assert {name.partition("/")[0] for name in names} == {"ssmtune", "ssmtune-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"ssmtune", f"ssmtune-{ssmtune.__version__}.dist-info"}
 
 
 def test_pure_wheel_is_for_every_platform(wheel, names):
@@ -68,10 +70,13 @@ def test_pure_wheel_is_for_every_platform(wheel, names):
 
 def test_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
-    metadata = archive.read("ssmtune-0.1.0.dist-info/METADATA").decode()
+    metadata = archive.read(f"ssmtune-{ssmtune.__version__}.dist-info/METADATA").decode()
     assert "Requires-Dist: torch>=2.10" in metadata
     assert "License-Expression: Apache-2.0" in metadata
-    assert "ssmtune = ssmtune.cli.main:main" in archive.read("ssmtune-0.1.0.dist-info/entry_points.txt").decode()
+    assert (
+        "ssmtune = ssmtune.cli.main:main"
+        in archive.read(f"ssmtune-{ssmtune.__version__}.dist-info/entry_points.txt").decode()
+    )
 
 
 def test_runs_from_the_wheel(wheel, tmp_path):
