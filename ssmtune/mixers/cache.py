@@ -1,8 +1,8 @@
-"""Reading and writing a mixer's states in a transformers cache.
+"""Reading a mixer's states from a transformers cache.
 
 A cache holds, for each mixer, the last `conv_kernel_size` inputs of the convolution and the recurrent state. Its
-updates copy into tensors that stay where they are, which suits CUDA graphs but not autograd: with gradients on, what is
-read is a copy, and what cannot be written to is replaced before it is.
+updates copy into tensors that stay where they are, which suits CUDA graphs but not autograd: with gradients
+on, what is read is a copy.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def read_states(cache: Any, layer_idx: int, conv_kernel_size: int) -> tuple[Tens
     """
     if cache is None:
         return None, None
+    _replace_unwritable(cache.layers[layer_idx])
     window = cache.get_conv_state(layer_idx)
     state = cache.get_recurrent_state(layer_idx)
     context = None
@@ -43,15 +44,13 @@ def read_states(cache: Any, layer_idx: int, conv_kernel_size: int) -> tuple[Tens
     return context, state
 
 
-def write_conv_inputs(cache: Any, layer_idx: int, x: Tensor, conv_kernel_size: int) -> None:
-    """Append the inputs (batch, dim, seqlen) of the convolution to the cache."""
-    if torch.is_grad_enabled():
-        _replace_unwritable(cache.layers[layer_idx])
-    cache.update_conv_state(x, layer_idx, conv_kernel_size=conv_kernel_size)
-
-
 def _replace_unwritable(layer: Any) -> None:
+    """Replace tensors that the update must not write into: a user's own leaf, one of a finished inference mode."""
+    # torch.compile cannot trace a question about inference mode.
+    outside = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
     for states in (layer.conv_states, layer.recurrent_states):
         for index, state in states.items():
-            if state is not None and ((state.requires_grad and state.is_leaf) or state.is_inference()):
+            if state is None:
+                continue
+            if (state.is_leaf and state.requires_grad) or (outside and state.is_inference()):
                 states[index] = state.clone()

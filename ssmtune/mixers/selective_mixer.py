@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssmtune import ops
 
-from .cache import read_states, write_conv_inputs
+from .cache import read_states
 from .state_inputs import sum_state_inputs
 
 # softplus of it is exactly zero whatever the bias, and every half type can hold it.
@@ -55,7 +55,7 @@ class SelectiveMixer(nn.Module):
         x, z = x.transpose(1, 2), z.transpose(1, 2)
         u = self.convolve(x, context)
         if cache is not None:
-            write_conv_inputs(cache, self.layer_idx, x, self.conv_kernel_size)
+            cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
 
         dt, B, C = self.x_proj(u.transpose(1, 2)).split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1

@@ -51,7 +51,5 @@ def sum_state_inputs(mixer: nn.Module) -> StateInputs:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    if a.dim() != b.dim():
-        # One is shared by the batch and the other is not: the batch is the leading axis of the larger.
-        a, b = (a.unsqueeze(0), b) if a.dim() < b.dim() else (a, b.unsqueeze(0))
+    # The batch is the leading axis, so that one shared by the batch broadcasts.
     return a + b

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from ssmtune import ops
 from ssmtune.mixers import find_mixers
 
 KINDS = ("initial_state", "state_offset", "output_offset")
@@ -100,14 +101,18 @@ def test_gradients_of_states_put_into_a_cache(make_pair, tokens, assert_close):
         assert state.grad.abs().min() > 0 and window.grad[..., 1:].abs().min() > 0
 
 
-def test_training_continues_from_a_cache_made_in_inference_mode(make_pair, tokens, assert_close):
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_continues_from_a_cache_made_in_inference_mode(make_pair, tokens, assert_close, size, grad):
     _, ours = make_pair()
-    input_ids = tokens(2, 9)
+    input_ids = tokens(2, 5 + size)
     with torch.inference_mode():
         cache = ours(input_ids[:, :5], use_cache=True).cache_params
-    logits = ours(input_ids[:, 5:], cache_params=cache, use_cache=True).logits
-    logits.sum().backward()
-    assert_close("logits", ours(input_ids).logits[:, 5:], logits, 1e-5)
+    with torch.set_grad_enabled(grad):
+        logits = ours(input_ids[:, 5:], cache_params=cache, use_cache=True).logits
+        assert_close("logits", ours(input_ids).logits[:, 5:], logits, 1e-5)
+    if grad:
+        logits.sum().backward()
 
 
 def test_an_initial_state_is_what_a_cache_holding_it_gives(make_pair, adapt, tokens, assert_close):
@@ -150,12 +155,18 @@ def test_a_cache_that_records_the_past(make_pair, tokens, assert_close):
     assert cache.get_conv_state(0).shape[-1] == 9
 
 
-def test_a_step_updates_the_cached_state_in_place(make_pair, tokens):
+def test_a_step_updates_the_cached_state_in_place(make_pair, tokens, monkeypatch):
     _, ours = make_pair()
+    updated = []
+    update = ops.selective_state_update
+    monkeypatch.setattr(
+        ops, "selective_state_update", lambda *args, **kw: updated.append(args[0]) or update(*args, **kw)
+    )
     with torch.no_grad():
         cache = ours(tokens(2, 6), use_cache=True).cache_params
-        state = cache.get_recurrent_state(0)
-        before = state.clone()
+        states = [cache.get_recurrent_state(layer) for layer in range(2)]
+        before = [state.clone() for state in states]
         ours(tokens(2, 1), cache_params=cache, use_cache=True)
-    assert cache.get_recurrent_state(0) is state
-    assert not torch.equal(state, before)
+    for layer in range(2):
+        assert cache.get_recurrent_state(layer) is updated[layer] is states[layer]
+        assert not torch.equal(states[layer], before[layer])
