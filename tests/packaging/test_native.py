@@ -59,7 +59,7 @@ def test_library_uses_only_the_stable_interface_of_torch():
 
 @needs_binutils
 def test_instruction_sets_share_no_code():
-    # of an inline function defined in several objects the linker keeps one, and a machine without AVX-512 might get that
+    # of an inline function defined in several objects the linker keeps one: it must not be that of AVX-512
     objects = ROOT / "build" / "cmake" / "CMakeFiles"
     folders = {path.name: path for path in [*objects.glob("kernels_*.dir"), *objects.glob("_C.dir")]}
     if "kernels_avx512.dir" not in folders:
