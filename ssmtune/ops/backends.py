@@ -182,10 +182,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, wish: str | None =
     if wish != "auto":
         reason = BACKENDS[wish].why_not(op) or BACKENDS[wish].accepts(call)
         if reason is not None:
+            # a reason of several lines ends with what to do
+            remedy = "" if "\n" in reason else f"\n  Ask for auto, or for one of ssmtune.available_backends({op!r})."
             raise RuntimeError(
-                f"{op}: backend {wish!r} was requested but cannot run: {reason}.\n"
-                "  Leave the backend on auto to run on what there is, or name another; "
-                "ssmtune.available_backends lists them."
+                f"{op}: backend {wish!r} was requested but cannot run: {reason.removesuffix('.')}.{remedy}"
             )
         return wish
     for backend in BACKENDS.values():

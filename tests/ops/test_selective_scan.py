@@ -12,6 +12,8 @@ from ssmtune.ops.reference import selective_scan_reference
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state", "state_offset", "output_offset")
 LAYOUTS = ("first", "last", "last", "first-strided", "last-strided", "odd")
+# what multiplies one decay per step multiplies the errors of the vectorised exp too, each up to 1.7e-7
+ERROR_PER_STEP = {"dinitial_state": 1e-7, "dA": 2e-8, "ddelta_bias": 2e-8}
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ def test_selective_scan(case, backend, scan_inputs, poison_empty):
     actual = run(selective_scan, inputs, case, return_last_state=True, backend=backend)
 
     assert actual["out"].dtype == case.dtype and actual["last_state"].dtype == torch.float32
+    seqlen = case.sizes[2]
     for name, value in actual.items():
-        allowed = max(4 * single_error[name], 1e-6)
+        allowed = max(4 * single_error[name], 1e-6, ERROR_PER_STEP.get(name, 0) * seqlen)
         if value.dtype in (torch.bfloat16, torch.float16):
             # what rounding the exact result to this dtype costs
             allowed += 1.5 * error_ratio(exact[name], exact[name].to(value.dtype))

@@ -1,0 +1,170 @@
+"""causal_conv1d against the same sum in float64, and against the convolution of PyTorch."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_close, error_ratio
+
+from ssmtune.ops import causal_conv1d
+from ssmtune.ops.reference import causal_conv1d_reference
+
+
+def make(batch, dim, seqlen, width, *, layout="last", dtype=torch.float32, bias=True, initial=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = normal(batch, seqlen, dim).transpose(1, 2).to(dtype)
+    if layout == "first":
+        x = x.contiguous()
+    elif layout == "odd":
+        x = torch.zeros(batch, 2 * dim, 3 * seqlen, dtype=dtype)[:, ::2, ::3].copy_(x)
+    elif layout == "strided":
+        # the first half of a projection
+        x = torch.cat([x, x], dim=1)[:, :dim] if seqlen % 2 else torch.cat([x.mT, x.mT], dim=2).mT[:, :dim]
+    return {
+        "x": x,
+        "weight": normal(dim, width),
+        "bias": normal(dim) if bias else None,
+        "initial_states": normal(batch, dim, width - 1) if initial else None,
+    }
+
+
+def run(conv, inputs, dtype=None, seed=0, **kwargs):
+    inputs = {
+        name: None if x is None else (x if dtype is None else x.to(dtype)).detach().requires_grad_()
+        for name, x in inputs.items()
+    }
+    out = conv(**inputs, **kwargs)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(out.dtype)
+    given = {name: x for name, x in inputs.items() if x is not None}
+    gradients = torch.autograd.grad(out, list(given.values()), weight)
+    return {"out": out.detach()} | {f"d{name}": g for name, g in zip(given, gradients, strict=True)}
+
+
+def cases():
+    chance = random.Random(0)
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
+    for seed, (width, activation) in enumerate(itertools.product((1, 2, 3, 4, 4, 5, 7), (None, "silu", "swish"))):
+        sizes = chance.choice((1, 2, 3)), chance.choice((1, 7, 16, 33)), chance.choice((1, 2, 3, 17, 64, 129)), width
+        flags = {
+            "layout": chance.choice(("first", "last", "odd", "strided")),
+            "dtype": chance.choice(dtypes),
+            "bias": chance.random() < 0.7,
+            "initial": chance.random() < 0.6,
+            "seed": seed,
+        }
+        words = "-".join(str(value) for value in flags.values())
+        yield pytest.param(sizes, flags, activation, id="-".join([*map(str, sizes), words, str(activation)]))
+
+
+@pytest.mark.parametrize("sizes, flags, activation", cases())
+def test_causal_conv1d(sizes, flags, activation, backend, poison_empty):
+    inputs = make(*sizes, **flags)
+    exact = run(causal_conv1d_reference, inputs, torch.float64, activation=activation)
+    single = run(causal_conv1d_reference, inputs, torch.float32, activation=activation)
+    actual = run(causal_conv1d, inputs, activation=activation, backend=backend)
+    assert actual["out"].dtype == flags["dtype"]
+    for name, value in actual.items():
+        allowed = max(4 * error_ratio(exact[name], single[name]), 1e-6)
+        if value.dtype in (torch.bfloat16, torch.float16):
+            allowed += 1.5 * error_ratio(exact[name], exact[name].to(value.dtype))
+        assert_close(name, exact[name], value, allowed)
+
+
+def test_causal_conv1d_of_torch(backend):
+    inputs = make(2, 16, 50, 4, initial=False)
+    expected = F.conv1d(inputs["x"], inputs["weight"][:, None], inputs["bias"], padding=3, groups=16)[:, :, :50]
+    assert_close("out", expected, causal_conv1d(**inputs, backend=backend), 1e-6)
+    assert_close("silu", F.silu(expected), causal_conv1d(**inputs, activation="silu", backend=backend), 1e-6)
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_causal_conv1d_gradcheck(activation, initial):
+    inputs = make(2, 3, 5, 4, initial=initial)
+    given = {name: x.double().requires_grad_() for name, x in inputs.items() if x is not None}
+
+    def conv(*tensors):
+        return causal_conv1d(**dict(zip(given, tensors, strict=True)), activation=activation)
+
+    assert torch.autograd.gradcheck(conv, tuple(given.values()))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 30, 49])
+def test_cutting_a_sequence_changes_nothing(backend, cut):
+    inputs = {name: x.requires_grad_() for name, x in make(2, 16, 50, 4).items()}
+    whole = causal_conv1d(**inputs, activation="silu", backend=backend)
+    x, parameters = inputs["x"], (inputs["weight"], inputs["bias"])
+    context = torch.cat([inputs["initial_states"], x[:, :, :cut]], dim=2)[:, :, -3:]
+    pieces = [
+        causal_conv1d(
+            x[:, :, :cut],
+            *parameters,
+            initial_states=inputs["initial_states"],
+            activation="silu",
+            backend=backend,
+        ),
+        causal_conv1d(x[:, :, cut:], *parameters, initial_states=context, activation="silu", backend=backend),
+    ]
+    out = torch.cat(pieces, dim=2)
+    assert_close("out", whole, out, 1e-6)
+    weight = torch.randn_like(whole)
+    for name, tensor in inputs.items():
+        a, b = (torch.autograd.grad((y * weight).sum(), tensor, retain_graph=True)[0] for y in (whole, out))
+        assert_close(f"d{name}", a, b, 2e-6)
+
+
+def test_zero_initial_states_change_nothing(backend):
+    inputs = make(2, 16, 50, 4, initial=False)
+    plain = causal_conv1d(**inputs, backend=backend)
+    inputs["initial_states"] = torch.zeros(2, 16, 3)
+    assert torch.equal(plain, causal_conv1d(**inputs, backend=backend))
+
+
+@pytest.mark.parametrize("trained", [("x",), ("weight", "bias"), ("initial_states",)], ids="-".join)
+def test_only_asked_gradients_are_computed(backend, trained, monkeypatch):
+    from ssmtune.ops import backends
+
+    module, asked = backends.implementation(backend), []
+    kernel = module.causal_conv1d_backward
+    monkeypatch.setattr(module, "causal_conv1d_backward", lambda *args: asked.extend(args[-1]) or kernel(*args))
+    inputs = make(2, 16, 50, 4)
+    for name in trained:
+        inputs[name].requires_grad_()
+    causal_conv1d(**inputs, activation="silu", backend=backend).sum().backward()
+    assert {name for name, gradient in zip(inputs, asked, strict=True) if gradient is not None} == set(trained)
+    assert {name for name, x in inputs.items() if x.grad is not None} == set(trained)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_layout_is_kept_and_nothing_copied(native_kernels, monkeypatch, layout):
+    inputs = make(2, 16, 50, 4, layout=layout)
+    kernel, seen = torch.ops.ssmtune_native.causal_conv1d_fwd, []
+    monkeypatch.setattr(
+        torch.ops.ssmtune_native, "causal_conv1d_fwd", lambda *args: seen.append(args[0].data_ptr()) or kernel(*args)
+    )
+    inputs["x"].requires_grad_()
+    out = causal_conv1d(**inputs, activation="silu", backend="cpu")
+    out.square().sum().backward()
+    assert seen == [inputs["x"].data_ptr()]
+    for x in (out, inputs["x"].grad):
+        assert (x if layout == "first" else x.transpose(1, 2)).is_contiguous()
+
+
+def test_threads_do_not_change_a_bit(native_kernels):
+    def results(threads):
+        torch.set_num_threads(threads)
+        return run(causal_conv1d, make(3, 80, 300, 4), activation="silu", backend="cpu")
+
+    before = torch.get_num_threads()
+    try:
+        one, two = results(1), results(2)
+    finally:
+        torch.set_num_threads(before)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name

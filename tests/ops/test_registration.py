@@ -1,0 +1,160 @@
+"""The operators as PyTorch sees them: schemas, tracing, compilation and second derivatives."""
+
+import pytest
+import torch
+
+from ssmtune.ops import causal_conv1d, selective_scan, selective_state_update
+from ssmtune.ops.reference import selective_scan_reference
+from ssmtune.ops.selective_scan_op import INPUTS
+
+OFFSETS = ("state_offset", "output_offset")
+
+
+def opcheck(op, args):
+    results = torch.library.opcheck(op, args)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.fixture
+def conv_inputs():
+    return {
+        "x": torch.randn(2, 9, 6).transpose(1, 2),
+        "weight": torch.randn(6, 4),
+        "bias": torch.randn(6),
+        "initial_states": torch.randn(2, 6, 3),
+    }
+
+
+@pytest.fixture
+def update_inputs():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"state": (2, 6, 4), "x": (2, 6), "dt": (2, 6), "A": (6, 4), "B": (2, 4), "C": (2, 4), "D": (6,)}
+    return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("trained", [(), INPUTS, OFFSETS, ("u",)], ids=["none", "all", "offsets", "u"])
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_opcheck_selective_scan_fwd(scan_inputs, backend, trained, layout):
+    inputs = scan_inputs(2, 5, 9, 4, layouts=dict.fromkeys(("u", "z"), layout))
+    for name in trained:
+        inputs[name].requires_grad_()
+    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*inputs.values(), True, len(trained) not in (0, 2), backend))
+
+
+def test_opcheck_selective_scan_fwd_half(scan_inputs, backend):
+    inputs = scan_inputs(2, 5, 9, 4, optional=("z",), dtype=torch.bfloat16, layouts={"B": "odd"})
+    args = [inputs.get(name) for name in INPUTS]
+    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*args, False, False, backend))
+
+
+@pytest.mark.parametrize("wanted", [[True] * 11, [False] * 10 + [True], [True, False] * 5 + [True]], ids=str)
+def test_opcheck_selective_scan_bwd(scan_inputs, backend, wanted):
+    inputs = list(scan_inputs(2, 5, 9, 4).values())
+    out, last_state, chunk_states = torch.ops.ssmtune.selective_scan_fwd(*inputs, True, True, backend)
+    for gradients in ((torch.randn_like(out), torch.randn_like(last_state)), (None, torch.randn_like(last_state))):
+        args = (*gradients, *inputs, chunk_states, True, wanted, backend)
+        opcheck(torch.ops.ssmtune.selective_scan_bwd, args)
+
+
+def test_opcheck_causal_conv1d(conv_inputs, backend):
+    opcheck(torch.ops.ssmtune.causal_conv1d_fwd, (*conv_inputs.values(), True, backend))
+    dout = torch.randn(2, 6, 9)
+    wanted = [True, False, True, True]
+    opcheck(torch.ops.ssmtune.causal_conv1d_bwd, (dout, *conv_inputs.values(), True, wanted, backend))
+    for x in conv_inputs.values():
+        x.requires_grad_()
+    opcheck(torch.ops.ssmtune.causal_conv1d_fwd, (*conv_inputs.values(), True, backend))
+
+
+def test_opcheck_selective_state_update(update_inputs, backend):
+    args = (*update_inputs.values(), None, None, True, torch.randn(6, 4), None, backend)
+    opcheck(torch.ops.ssmtune.selective_state_update, args)
+
+
+def compiled(function):
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("trained", [INPUTS, OFFSETS], ids=["all", "offsets"])
+def test_compile_selective_scan(scan_inputs, backend, trained):
+    inputs = scan_inputs(2, 20, 70, 8)
+    for name in trained:
+        inputs[name].requires_grad_()
+
+    def function(inputs):
+        out, last_state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend=backend)
+        return 2 * out, last_state
+
+    def run(function):
+        out, last_state = function(inputs)
+        loss = out.square().sum() + last_state.sum()
+        return out, last_state, *torch.autograd.grad(loss, [inputs[name] for name in trained])
+
+    for name, a, b in zip(("out", "last_state", *trained), run(function), run(compiled(function)), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
+        assert a.stride() == b.stride(), name
+
+
+def test_compile_follows_the_choice_of_backend(scan_inputs, monkeypatch):
+    # a new choice compiles anew and is not ignored
+    import ssmtune
+    from ssmtune.ops import backends
+
+    called, module = [], backends.implementation("reference")
+    kernel = module.selective_scan_forward
+    monkeypatch.setattr(module, "selective_scan_forward", lambda *args: called.append(1) or kernel(*args))
+    inputs = scan_inputs(1, 5, 6, 4)
+    function = compiled(lambda inputs: selective_scan(**inputs))
+    function(inputs)
+    before = len(called)
+    with ssmtune.backend("reference"):
+        function(inputs)
+    assert len(called) == before + 1
+
+
+def test_compile_causal_conv1d_and_update(conv_inputs, update_inputs, backend):
+    convolve = compiled(lambda inputs: causal_conv1d(**inputs, activation="silu", backend=backend))
+    expected = causal_conv1d(**conv_inputs, activation="silu", backend=backend)
+    torch.testing.assert_close(convolve(conv_inputs), expected)
+
+    state = update_inputs["state"].clone()
+    expected = selective_state_update(**update_inputs | {"state": state}, dt_softplus=True, backend=backend)
+    update = compiled(lambda inputs: selective_state_update(**inputs, dt_softplus=True, backend=backend))
+    torch.testing.assert_close(update(update_inputs), expected)
+    torch.testing.assert_close(update_inputs["state"], state)
+
+
+def test_second_derivatives_are_refused(scan_inputs, conv_inputs, backend):
+    inputs = {name: x.requires_grad_() for name, x in scan_inputs(1, 3, 5, 2).items()}
+    for x in conv_inputs.values():
+        x.requires_grad_()
+    for out, x, name in (
+        (selective_scan(**inputs, backend=backend), inputs["u"], "selective_scan"),
+        (causal_conv1d(**conv_inputs, activation="silu", backend=backend), conv_inputs["x"], "causal_conv1d"),
+    ):
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{name} has no second derivatives"):
+            first.sum().backward()
+
+
+def test_second_derivatives_of_the_reference(scan_inputs):
+    inputs = scan_inputs(1, 2, 3, 2, dtype=torch.float64, optional=("z", "initial_state"))
+    u, z = inputs["u"].requires_grad_(), inputs["z"].requires_grad_()
+
+    def scan(u, z):
+        return selective_scan_reference(**inputs | {"u": u, "z": z}, delta_softplus=True)
+
+    assert torch.autograd.gradgradcheck(scan, (u, z))
+
+
+def test_meta_tensors(scan_inputs):
+    inputs = {name: x.to("meta") for name, x in scan_inputs(2, 5, 9, 4).items()}
+    out, last_state = selective_scan(**inputs, return_last_state=True)
+    assert out.shape == (2, 5, 9) and last_state.shape == (2, 5, 4) and out.device.type == "meta"
+
+
+def test_direct_call_without_kept_states_says_so(scan_inputs, backend):
+    inputs = [x.requires_grad_() for x in scan_inputs(1, 3, 5, 2).values()]
+    with pytest.raises(RuntimeError, match="keep_states=False on tensors that need a gradient"):
+        torch.ops.ssmtune.selective_scan_fwd(*inputs, True, False, backend)
