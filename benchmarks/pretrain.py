@@ -35,6 +35,7 @@ END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 8192
 SEQLEN = 512
 BATCH = 16
+MICRO_BATCH = 2  # small enough for the activations of a layer to stay in the cache
 HELD_OUT_ARTICLES = 400
 PEAK_LR = 3e-3
 WARMUP_STEPS = 150
@@ -137,6 +138,17 @@ def next_token_loss(model: MambaForCausalLM, batch: torch.Tensor, reduction: str
     )
 
 
+def backward(model: MambaForCausalLM, batch: torch.Tensor) -> float:
+    """Accumulates the gradient of the batch's mean loss and returns that loss."""
+    mean = 0.0
+    for rows in batch.split(MICRO_BATCH):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = next_token_loss(model, rows) * (len(rows) / len(batch))
+        loss.backward()
+        mean += loss.item()
+    return mean
+
+
 @torch.no_grad()
 def held_out_loss(model: MambaForCausalLM, tokens: np.ndarray, windows: int | None = None) -> tuple[float, int]:
     """Summed cross entropy (nats) over windows of SEQLEN tokens, and how many tokens that is."""
@@ -200,15 +212,13 @@ def train(out: Path, tokens_wanted: float, checkpoint_minutes: float) -> None:
             for step in range(first, steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps)
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = next_token_loss(model, batch_of(train_tokens, step))
-                loss.backward()
+                loss = backward(model, batch_of(train_tokens, step))
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
                 progress.update()
                 if step % 20 == 0 or step == steps - 1:
-                    row = {"step": step, "tokens": (step + 1) * BATCH * SEQLEN, "loss": loss.item()}
+                    row = {"step": step, "tokens": (step + 1) * BATCH * SEQLEN, "loss": loss}
                     row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
                     if step % 200 == 0 or step == steps - 1:
                         total, count = held_out_loss(model, held_out, windows=64)
