@@ -31,14 +31,15 @@ class SelectiveMixer(nn.Module):
 
         Every projection is called as a module, so that an adapter on any of them takes effect. The one exception is a
         `dt_proj` that is a plain `nn.Linear`: its bias goes to the scan, which adds it in float32. A bfloat16 sum near
-        -6, where trained biases lie, would be off by 1.5 % of the step size. A wrapped `dt_proj` adds its bias itself,
-        in the precision of the model.
+        -6, where trained biases lie, would be off by up to 1.6 % of the step size. A wrapped `dt_proj` adds its bias
+        itself, in the precision of the model.
 
         Args:
             hidden_states: (batch, seqlen, hidden_size).
             cache: a transformers `Cache`, read and updated in place; None runs the sequence on its own.
             attention_mask: (batch, seqlen) or longer, then its last columns count. Zero marks a pad: it enters neither
-                the convolution nor the state.
+                the convolution nor the state. One between cached tokens and new ones still takes a place in the window
+                of the convolution, as a zero.
 
         Returns:
             (batch, seqlen, hidden_size).
