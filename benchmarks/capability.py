@@ -73,10 +73,10 @@ class Worker:
         Raises:
             RuntimeError: the process died.
         """
-        self.connection.send((order, argument))
         try:
+            self.connection.send((order, argument))
             answer = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise RuntimeError(
                 f"the process with {VARIABLE}={self.capability} died.\n"
                 f"  Run `{VARIABLE}={self.capability} python -m ssmtune env` to see why."

@@ -16,13 +16,26 @@ import torch
 from benchmarks import results
 from benchmarks.capability import RemoteCase, Worker
 from benchmarks.measure import Disagreement, Summary, Times, Verified, interleave, peak_memory, verify
-from benchmarks.peers import usable
-from benchmarks.scan_cases import ScanCase, Spec, expected, forget_inputs, memory_probe
-from benchmarks.shapes import LENGTHS, MAIN, QUADRATIC, QUICK, QUICK_LENGTHS, Shape
+from benchmarks.peers import PEERS, usable
+from benchmarks.scan_cases import OURS, ScanCase, Spec, expected, forget_inputs, memory_probe
+from benchmarks.shapes import LENGTHS, MAIN, MEMORY, QUADRATIC, QUICK, QUICK_LENGTHS, Shape
 
 OP = "selective_scan"
-PARTS = ("peers", "variants", "quadratic", "lengths", "memory")
+PARTS = ("shapes", "quadratic", "lengths", "memory")
 REMOTE_TAG = "avx2"
+VARIANTS = (
+    ("fwd",),
+    ("fwdbwd",),
+    ("fwdbwd", "full"),
+    ("fwd", "channels-first"),
+    ("fwdbwd", "channels-first"),
+    ("fwd", "initial-state"),
+    ("fwdbwd", "initial-state"),
+    ("fwd", "state-offset"),
+    ("fwdbwd", "state-offset"),
+    ("fwdbwd", "offset-only"),
+)
+"""What is timed of ssmtune's own scan at each shape: the direction, and what differs from the default."""
 FULL_VERIFICATION = 2048
 """Sequences longer than this are verified on a few channels: the float64 recurrence takes time."""
 
@@ -124,31 +137,18 @@ def _ours(settings: Settings, shape: Shape, direction: str, *tags: str) -> Spec:
     return Spec(shape, direction, settings.backend, tags, settings.device)
 
 
-def measure_peers(session: Session, shapes: Sequence[Shape]) -> None:
-    """ssmtune and every peer, forward and forward+backward, at each shape."""
+def measure_shapes(session: Session, shapes: Sequence[Shape]) -> None:
+    """ssmtune and every peer at each shape; and what other layouts, state inputs and gradients cost ssmtune."""
     settings = session.settings
-    there, _ = usable(settings.device)
     for shape in shapes:
-        specs = [_ours(settings, shape, "fwd"), _ours(settings, shape, "fwdbwd")]
-        for name, peer in there.items():
-            if name not in settings.peers:
-                continue
+        specs = [_ours(settings, shape, *variant) for variant in VARIANTS]
+        if session.worker:
+            specs += [_ours(settings, shape, direction, REMOTE_TAG) for direction in ("fwd", "fwdbwd")]
+        for name in settings.peers:
             tags = ("channels-first",) if name == "plain C++" else ()
             specs.append(Spec(shape, "fwd", name, tags, settings.device))
-            if peer.linear_backward:
+            if PEERS[name].linear_backward:
                 specs.append(Spec(shape, "fwdbwd", name, tags, settings.device))
-        session.measure(specs, settings.threads)
-
-
-def measure_variants(session: Session, shapes: Sequence[Shape]) -> None:
-    """What ssmtune's scan costs with other layouts, state inputs, gradients and instruction sets."""
-    settings = session.settings
-    variants = [("fwd",), ("fwdbwd",), ("fwdbwd", "full"), ("fwdbwd", "offset-only")]
-    variants += [(way, tag) for tag in ("channels-first", "initial-state", "state-offset") for way in ("fwd", "fwdbwd")]
-    if session.worker:
-        variants += [("fwd", REMOTE_TAG), ("fwdbwd", REMOTE_TAG)]
-    for shape in shapes:
-        specs = [_ours(settings, shape, *variant) for variant in variants]
         if shape == shapes[0] and "unbind loop" in settings.peers:  # for its rounding errors of A, D and delta_bias
             specs.append(Spec(shape, "fwdbwd", "unbind loop", ("full",)))
         session.measure(specs, settings.threads)
@@ -157,7 +157,7 @@ def measure_variants(session: Session, shapes: Sequence[Shape]) -> None:
 def measure_quadratic(session: Session, shapes: Sequence[Shape]) -> None:
     """transformers' backward pass, at lengths where one can wait for it, beside two that are linear in seqlen."""
     settings = session.settings
-    names = [name for name in ("transformers", "unbind loop") if name in settings.peers and name in usable()[0]]
+    names = [name for name in ("transformers", "unbind loop") if name in settings.peers]
     for shape in shapes:
         peers = [Spec(shape, "fwdbwd", name) for name in names]
         session.measure([_ours(settings, shape, "fwdbwd"), *peers], settings.threads[:1])
@@ -185,43 +185,40 @@ def measure_memory(session: Session, shape: Shape) -> None:
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument(
-        "--quick", action="store_true", help="one small shape and short lengths; stores nothing by itself"
-    )
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: everything)"
-    )
+def run(
+    quick: bool = False,
+    csv: Path | None = None,
+    device: str = "cpu",
+    backend: str | None = None,
+    parts: Sequence[str] = PARTS,
+) -> int:
+    """Measure, print, and append to a file.
 
+    Args:
+        quick: one small shape and short lengths, and no file unless `csv` names one.
+        csv: the file; benchmarks/results/<device>.csv by default.
+        device: cpu or cuda.
+        backend: of ssmtune; by default the compiled kernel, or the reference where there is none for the device yet.
+        parts: a choice of PARTS.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0 when every case was right and timed, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.selective_scan", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    options = parser.parse_args(argv)
-    return run(options.quick, options.csv, options.device, options.parts)
-
-
-def run(quick: bool, csv: Path | None, device: str, parts: Sequence[str]) -> int:
-    """Measure, print, and append to a file."""
+    Returns:
+        0 when every case was right and timed, 1 otherwise.
+    """
     from ssmtune.ops import available_backends
 
-    backend = "cpu" if device == "cpu" else "reference"
-    reason = available_backends(OP).get(backend)
+    backend = backend or ("cpu" if device == "cpu" else "reference")
+    reason = available_backends(OP)[backend]
     if reason is not None:
-        print(f"error: backend '{backend}' cannot be measured: {reason}", file=sys.stderr)
+        print(f"error: backend {backend!r} cannot be measured: {reason}", file=sys.stderr)
         return 1
     there, missing = usable(device)
     environment = results.environment()
     print(environment)
     for name, why in missing.items():
         print(f"  left out: {name}: {why}")
-    most = torch.get_num_threads()
-    settings = Settings(device, backend, (1, 2) if most > 1 else (1,), 0.1 if quick else 0.5, quick, tuple(there))
-    with _other_capability(device) as worker:
+    threads = (1, 2) if torch.get_num_threads() > 1 else (1,)
+    settings = Settings(device, backend, threads, 0.05 if quick else 0.5, quick, tuple(there))
+    with _other_capability(backend) as worker:
         session = Session(settings, environment, worker)
         for part in parts:
             print(part)
@@ -236,24 +233,33 @@ def run(quick: bool, csv: Path | None, device: str, parts: Sequence[str]) -> int
 def _measure_part(session: Session, part: str) -> None:
     quick = session.settings.quick
     shapes = QUICK if quick else MAIN
-    if part == "peers":
-        measure_peers(session, shapes)
-    elif part == "variants":
-        measure_variants(session, shapes)
+    if part == "shapes":
+        measure_shapes(session, shapes)
     elif part == "quadratic" and session.settings.device == "cpu":
         measure_quadratic(session, [replace(shape, dim=64) for shape in QUADRATIC] if quick else QUADRATIC)
     elif part == "lengths":
         measure_lengths(session, QUICK_LENGTHS if quick else LENGTHS)
     elif part == "memory" and session.settings.device == "cpu":
-        measure_memory(session, shapes[0] if quick else MAIN[2])
+        measure_memory(session, MAIN[0] if quick else MEMORY)
 
 
-def _other_capability(device: str) -> Worker | nullcontext:
+def _other_capability(backend: str) -> Worker | nullcontext:
     from ssmtune import native
 
-    if device != "cpu" or native.cpu_capability() != "avx512":
+    if backend != "cpu" or native.cpu_capability() != "avx512":
         return nullcontext()
     return Worker(REMOTE_TAG)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of this benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.selective_scan", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small shape, short lengths; stores nothing by itself")
+    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--backend", choices=OURS, help="of ssmtune (default: cpu; on cuda the reference)")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
+    return run(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

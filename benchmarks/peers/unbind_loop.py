@@ -18,7 +18,7 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z
     state = torch.zeros_like(entry[0])
     states = []
     for decay_t, entry_t in zip(decay.unbind(0), entry.unbind(0), strict=True):
-        state = torch.addcmul(entry_t, decay_t, state)
+        state = decay_t * state + entry_t
         states.append(state)
     y = (torch.stack(states) @ C.unsqueeze(-1)).squeeze(-1) + D * u
     return (y * F.silu(z)).permute(1, 2, 0)

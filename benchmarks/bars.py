@@ -1,0 +1,220 @@
+"""What the kernels are held to: each bar is a ratio of two numbers of one run, and a limit."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import log
+
+from benchmarks.results import Row, latest
+
+Sizes = tuple[int, int, int]
+
+
+class Run:
+    """The rows of one run, looked up by what they measured."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self.rows = list(rows)
+        self._medians = {
+            (row.pass_, row.backend, (row.batch, row.dim, row.seqlen), row.threads, row.variant, row.metric): row.median
+            for row in self.rows
+        }
+
+    def median(
+        self, direction: str, backend: str, sizes: Sizes, threads: int, metric: str, variant: str = "default"
+    ) -> float | None:
+        """One number, None where it was not measured."""
+        return self._medians.get((direction, backend, sizes, threads, variant, metric))
+
+    def time(self, direction: str, backend: str, sizes: Sizes, threads: int, variant: str = "default") -> float | None:
+        """Milliseconds: CPU time of the process on one thread, which noise hardly touches, and wall time on more."""
+        metric = "cpu time" if threads == 1 else "wall time"
+        return self.median(direction, backend, sizes, threads, metric, variant)
+
+    def settings(self, *backends: str) -> list[tuple[Sizes, int]]:
+        """Sizes and threads at which all of these backends were timed, in order."""
+        found = {
+            (row.backend, (row.batch, row.dim, row.seqlen), row.threads) for row in self.rows if "time" in row.metric
+        }
+        places = sorted({(sizes, threads) for _, sizes, threads in found})
+        return [place for place in places if all((backend, *place) in found for backend in backends)]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A ratio that must be at least, or at most, a limit wherever it was measured."""
+
+    op: str
+    title: str
+    ratios: Callable[[Run], list[float]]
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = "x"
+
+    def holds(self, ratios: list[float]) -> bool | None:
+        """None where nothing was measured."""
+        if not ratios:
+            return None
+        above = self.at_least is None or min(ratios) >= self.at_least
+        return above and (self.at_most is None or max(ratios) <= self.at_most)
+
+    def limit(self) -> str:
+        """The limit in words."""
+        if self.at_least is None and self.at_most is None:
+            return ""
+        return f">= {self.at_least:g}{self.unit}" if self.at_least is not None else f"<= {self.at_most:g}{self.unit}"
+
+
+def _divide(pairs: Iterable[tuple[float | None, float | None]]) -> list[float]:
+    return [above / below for above, below in pairs if above is not None and below]
+
+
+def _against(direction: str, *peers: str) -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        pairs = []
+        for peer in peers:
+            variant = "channels-first" if peer == "plain C++" else "default"
+            for sizes, threads in run.settings("cpu", peer):
+                ours = run.time(direction, "cpu", sizes, threads)
+                pairs.append((run.time(direction, peer, sizes, threads, variant), ours))
+        return _divide(pairs)
+
+    return ratios
+
+
+def _variant(variant: str, *directions: str, base: str = "default") -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        return _divide(
+            (run.time(direction, "cpu", *place, variant), run.time(direction, "cpu", *place, base))
+            for direction in directions
+            for place in run.settings("cpu")
+        )
+
+    return ratios
+
+
+def _backward_over_forward(run: Run) -> list[float]:
+    return _divide((run.time("bwd", "cpu", *place), run.time("fwd", "cpu", *place)) for place in run.settings("cpu"))
+
+
+def _two_threads(run: Run) -> list[float]:
+    return _divide(
+        (run.median(way, "cpu", sizes, 1, "wall time"), run.median(way, "cpu", sizes, 2, "wall time"))
+        for way in ("fwd", "fwdbwd")
+        for sizes, threads in run.settings("cpu")
+        if threads == 2
+    )
+
+
+def _slopes(run: Run) -> list[float]:
+    """d log(time) / d log(seqlen) by least squares: 1 is linear, 2 is quadratic."""
+    slopes = []
+    for direction in ("fwd", "fwdbwd"):
+        points = [
+            (log(sizes[2]), log(time))
+            for sizes, threads in run.settings("cpu")
+            if sizes[:2] == (1, 1536) and threads == 1 and (time := run.time(direction, "cpu", sizes, 1))
+        ]
+        if max((x for x, _ in points), default=0) < log(65_536):
+            continue
+        mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
+        slopes.append(sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points))
+    return slopes
+
+
+def _peak(run: Run) -> list[float]:
+    return [
+        row.median for row in run.rows if row.metric == "peak memory" and row.backend == "cpu" and row.pass_ == "fwdbwd"
+    ]
+
+
+def _errors(run: Run) -> list[float]:
+    metrics = {row.metric for row in run.rows if row.metric.startswith("error of ")}
+    cases = {
+        ((row.batch, row.dim, row.seqlen), row.threads, row.pass_, row.variant)
+        for row in run.rows
+        if row.backend == "unbind loop"
+    }
+    return _divide(
+        (
+            run.median(direction, "cpu", sizes, threads, metric, variant),
+            run.median(direction, "unbind loop", sizes, threads, metric, variant),
+        )
+        for sizes, threads, direction, variant in sorted(cases)
+        for metric in sorted(metrics)
+    )
+
+
+def _step(above: tuple[str, str], below: tuple[str, str], seqlens: Iterable[Sizes], layers: int = 24):
+    def ratios(run: Run) -> list[float]:
+        places = [(sizes, threads) for sizes, threads in run.settings(above[0], below[0]) if sizes in seqlens]
+        return _divide(
+            tuple(
+                run.median("fwdbwd", backend, *place, "wall time", f"{method} {layers} layers")
+                for backend, method in (above, below)
+            )
+            for place in places
+        )
+
+    return ratios
+
+
+def _step_over_gemm(run: Run) -> list[float]:
+    return [
+        ratio
+        for method in ("full", "state-offset", "lora")
+        for ratio in _step(("cpu", method), ("gemm", method), (SHORT_STEP, LONG_STEP))(run)
+    ]
+
+
+SHORT_STEP: Sizes = (1, 768, 512)
+LONG_STEP: Sizes = (4, 768, 512)
+SCAN = "selective_scan"
+STEP = "training_step"
+
+BARS = (
+    Bar(SCAN, "forward, against mambapy", _against("fwd", "mambapy"), at_least=50),
+    Bar(SCAN, "forward, against PyTorch loops", _against("fwd", "unbind loop", "transformers"), at_least=50),
+    Bar(SCAN, "forward, against plain C++ loops", _against("fwd", "plain C++"), at_least=4.5),
+    Bar(SCAN, "forward + backward, against mambapy", _against("fwdbwd", "mambapy"), at_least=50),
+    Bar(SCAN, "forward + backward, against the unbind loop", _against("fwdbwd", "unbind loop"), at_least=50),
+    Bar(SCAN, "backward / forward", _backward_over_forward, at_most=2.2),
+    Bar(SCAN, "two threads against one", _two_threads, at_least=1.8),
+    Bar(SCAN, "channels-first / channels-last", _variant("channels-first", "fwd", "fwdbwd"), at_most=1.3),
+    Bar(SCAN, "AVX2 / AVX-512", _variant("avx2", "fwd", "fwdbwd"), at_most=1.6),
+    Bar(SCAN, "state offset / none, forward", _variant("state-offset", "fwd"), at_most=1.1),
+    Bar(SCAN, "state offset / none, forward + backward", _variant("state-offset", "fwdbwd"), at_most=1.1),
+    Bar(SCAN, "initial state / none, forward", _variant("initial-state", "fwd"), at_most=1.1),
+    Bar(SCAN, "initial state / none, forward + backward", _variant("initial-state", "fwdbwd"), at_most=1.1),
+    Bar(SCAN, "growth with seqlen, 512 to 65,536: exponent", _slopes, at_most=1.05, unit=""),
+    Bar(SCAN, "peak memory of forward + backward", _peak, at_most=5, unit=" tensors"),
+    Bar(SCAN, "error against float64 / that of PyTorch in float32", _errors, at_most=4),
+    Bar(SCAN, "all gradients / those of frozen weights", _variant("full", "fwdbwd")),
+    Bar(
+        SCAN,
+        "only the offset's gradient / all with a state offset",
+        _variant("offset-only", "bwd", base="state-offset"),
+    ),
+    Bar(STEP, "full step of 1 x 512, against mambapy", _step(("mambapy", "full"), ("cpu", "full"), (SHORT_STEP,)), 5),
+    Bar(
+        STEP,
+        "full step of 4 x 512, 4 layers, against mambapy",
+        _step(("mambapy", "full"), ("cpu", "full"), (LONG_STEP,), 4),
+    ),
+    Bar(
+        STEP,
+        "full step of 1 x 512, against the unbind loop",
+        _step(("unbind loop", "full"), ("cpu", "full"), (SHORT_STEP,)),
+    ),
+    Bar(STEP, "step / its matrix products alone", _step_over_gemm, at_most=1.5),
+    Bar(
+        STEP, "full step / state-offset step", _step(("cpu", "full"), ("cpu", "state-offset"), (SHORT_STEP, LONG_STEP))
+    ),
+    Bar(STEP, "full step / LoRA step", _step(("cpu", "full"), ("cpu", "lora"), (SHORT_STEP, LONG_STEP))),
+)
+
+
+def judge(rows: Iterable[Row]) -> list[tuple[Bar, list[float]]]:
+    """Each bar with its ratios in the last run of its operator."""
+    rows = list(rows)
+    runs = {op: Run(latest(rows, op)) for op in (SCAN, STEP)}
+    return [(bar, bar.ratios(runs[bar.op])) for bar in BARS]

@@ -1,0 +1,196 @@
+"""Writes the tables of benchmarks/README.md from benchmarks/results/*.csv: `python -m benchmarks.tables`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.bars import SCAN, STEP, Run, Sizes, judge
+from benchmarks.results import Row
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+PEERS = ("mambapy", "unbind loop", "transformers", "plain C++", "mamba_ssm")
+
+
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: text to the left, numbers to the right."""
+    body = list(body)
+    numeric = [all(not row[i] or row[i].lstrip("<>= ")[:1].isdigit() for row in body) for i in range(len(header))]
+    rule = ["---:" if right else "---" for right in numeric]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body)) + "\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return "not measured"
+    low, high = (f"{value:.3g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def bar_table(rows: Iterable[Row]) -> str:
+    """Every ratio with its bar; a bar that is missed says so."""
+    words = {True: "holds", False: "**missed**", None: ""}
+    return markdown(
+        ("ratio", "measured", "bar", ""),
+        (
+            (bar.title, _range(ratios), bar.limit(), words[bar.holds(ratios)] if bar.limit() else "")
+            for bar, ratios in judge(rows)
+        ),
+    )
+
+
+def scan_table(run: Run, ours: str) -> str:
+    """Milliseconds of the scan at each shape."""
+    peers = [peer for peer in PEERS if run.settings(peer)]
+    body = []
+    for direction, title in (("fwd", "forward"), ("fwdbwd", "forward + backward")):
+        for sizes, threads in _main_places(run, ours):
+            times = [run.time(direction, ours, sizes, threads)]
+            for peer in peers:
+                variant = "channels-first" if peer == "plain C++" else "default"
+                times.append(run.time(direction, peer, sizes, threads, variant))
+            body.append((title, str(sizes), str(threads), *map(_number, times)))
+    return markdown(("pass", "batch, dim, seqlen", "threads", "ssmtune", *peers), body)
+
+
+def variant_table(run: Run, ours: str) -> str:
+    """Milliseconds of ssmtune's scan with other layouts, state inputs and gradients."""
+    order = dict.fromkeys(row.variant for row in run.rows if row.backend == ours and "time" in row.metric)
+    body = []
+    for variant in order:
+        for direction, title in (("fwd", "forward"), ("bwd", "backward"), ("fwdbwd", "forward + backward")):
+            times = [run.time(direction, ours, *place, variant) for place in _main_places(run, ours)]
+            if any(times):
+                body.append((variant, title, *map(_number, times)))
+    header = [f"{sizes}, {threads} thr." for sizes, threads in _main_places(run, ours)]
+    return markdown(("variant", "pass", *header), body)
+
+
+def _main_places(run: Run, ours: str) -> list[tuple[Sizes, int]]:
+    return [place for place in run.settings(ours) if run.time("fwdbwd", ours, *place, "full") is not None]
+
+
+def quadratic_table(run: Run, ours: str) -> str:
+    """Forward + backward where transformers' own scan was timed in training."""
+    places = [place for place in run.settings("transformers") if run.time("fwdbwd", "transformers", *place)]
+    names = (ours, "unbind loop", "transformers")
+    return markdown(
+        ("batch, dim, seqlen", "ssmtune", *names[1:]),
+        ((str(place[0]), *(_number(run.time("fwdbwd", name, *place)) for name in names)) for place in places),
+    )
+
+
+def length_table(run: Run, ours: str) -> str:
+    """Time against seqlen on one thread."""
+    places = [(sizes, threads) for sizes, threads in run.settings(ours) if sizes[:2] == (1, 1536) and threads == 1]
+    body = []
+    for sizes, threads in places:
+        times = [run.time(direction, ours, sizes, threads) for direction in ("fwd", "fwdbwd")]
+        if all(times):
+            per_step = [f"{1e3 * time / sizes[2]:.2f}" for time in times]
+            body.append((f"{sizes[2]:,}", *map(_number, times), *per_step))
+    return markdown(("seqlen", "forward, ms", "fwd + bwd, ms", "forward, us a step", "fwd + bwd, us a step"), body)
+
+
+def memory_table(run: Run) -> str:
+    """Peak memory of a scan, in tensors."""
+    names = {"fwd": "forward", "fwdbwd": "forward + backward"}
+    return markdown(
+        ("backend", "pass", "gradients", "peak, tensors"),
+        (
+            (
+                row.backend,
+                names[row.pass_],
+                "" if row.pass_ == "fwd" else row.variant.replace("default", "frozen"),
+                _number(row.median),
+            )
+            for row in run.rows
+            if row.metric == "peak memory"
+        ),
+    )
+
+
+def step_table(run: Run) -> str:
+    """Seconds and memory of a training step."""
+    body = []
+    for row in run.rows:
+        if (row.metric, row.pass_) == ("wall time", "fwdbwd"):
+            sizes = (row.batch, row.dim, row.seqlen)
+            forward = run.median("fwd", row.backend, sizes, row.threads, "wall time", row.variant)
+            peak = run.median("fwdbwd", row.backend, sizes, row.threads, "peak memory", row.variant)
+            name = {"gemm": "matrix products alone", "cpu": "ssmtune"}.get(row.backend, row.backend)
+            times = ("" if value is None else f"{value / 1e3:.2f}" for value in (forward, row.median))
+            body.append((f"{row.batch} x {row.seqlen}", row.variant, name, *times, _number(peak)))
+    return markdown(("tokens", "method", "implementation", "forward, s", "step, s", "peak, MiB"), body)
+
+
+def section(path: Path) -> str:
+    """All tables of one device."""
+    rows = results.read(path)
+    parts = []
+    for op in (SCAN, STEP):
+        run = Run(results.latest(rows, op))
+        if not run.rows:
+            continue
+        first = run.rows[0]
+        ours = next((name for name in ("cuda", "triton", "cpu", "reference") if run.settings(name)), "cpu")
+        where = f"{first.device}, torch {first.torch}, ssmtune {first.ssmtune} ({first.commit}), {first.timestamp[:10]}"
+        parts.append((op, run, ours, where))
+    text = [f"### {parts[0][1].rows[0].device}\n" if parts else f"### {path.stem}\n"]
+    text.append(bar_table(rows))
+    tables: dict[str, Callable[[Run, str], str]] = {
+        "Scan, ms": scan_table,
+        "What ssmtune's scan costs with other layouts, state inputs and gradients, ms": variant_table,
+        "transformers' own scan in training, ms: four times the time for twice the seqlen": quadratic_table,
+        "Scan against seqlen, (1, 1536, seqlen), 1 thread": length_table,
+        "Peak memory of a scan above its inputs, in (batch, dim, seqlen) tensors": lambda run, ours: memory_table(run),
+    }
+    for op, run, ours, where in parts:
+        text.append(f"#### {op}\n\n`python -m benchmarks.{op}`: {where}\n")
+        if op == SCAN:
+            for title, table in tables.items():
+                text.append(f"{title}:\n\n{table(run, ours)}")
+        else:
+            threads = run.rows[0].threads
+            text.append(
+                f"Wall time of forward and backward, {threads} threads; memory above the model:\n\n{step_table(run)}"
+            )
+    return "\n".join(text)
+
+
+def rewrite(readme: Path, folder: Path) -> None:
+    """Put the tables of every CSV file of a folder between the markers of a README.
+
+    Raises:
+        ValueError: the README has no markers.
+    """
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme} has no place for the tables.\n  Put a line {BEGIN} and a line {END} into it.")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    sections = [section(path) for path in sorted(folder.glob("*.csv"))]
+    readme.write_text(before + BEGIN + "\n\n" + "\n".join(sections or ["Nothing measured yet.\n"]) + "\n" + END + after)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    options = parser.parse_args(argv)
+    rewrite(options.readme, options.results)
+    print(f"{options.readme} rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+import csv
+
+import pytest
+import torch
+
+from benchmarks import results, selective_scan
+from benchmarks.capability import RemoteCase, Worker
+from benchmarks.measure import verify
+from benchmarks.scan_cases import ScanCase, Spec, expected, memory_probe
+from benchmarks.shapes import FROZEN, Shape
+from ssmtune import native
+
+TINY = Shape(1, 16, 20, 8)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every part of the benchmark, on shapes that take no time."""
+    monkeypatch.setattr(selective_scan, "QUICK", (TINY,))
+    monkeypatch.setattr(selective_scan, "MAIN", (TINY,))
+    monkeypatch.setattr(selective_scan, "QUADRATIC", (TINY,))
+    monkeypatch.setattr(selective_scan, "QUICK_LENGTHS", (Shape(1, 8, 70, 8),))
+    monkeypatch.setattr(selective_scan, "FULL_VERIFICATION", 64)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_run_writes_a_tidy_row_for_every_number(tiny, tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    assert selective_scan.run(quick=True, csv=path, backend="reference", parts=("shapes", "quadratic", "lengths")) == 0
+    with path.open(newline="") as file:
+        header, *body = csv.reader(file)
+    assert ",".join(header) == (
+        "op,pass,backend,dtype,batch,dim,seqlen,dstate,threads,variant,metric,unit,median,p20,p80,"
+        "device,torch,ssmtune,commit,timestamp"
+    )
+    assert all(len(row) == len(header) and all(row) for row in body)
+    rows = results.read(path)
+    assert {row.pass_ for row in rows} == {"fwd", "bwd", "fwdbwd"}
+    assert {"cpu time", "wall time", "error of out", "error of B", "error of state_offset"} <= {r.metric for r in rows}
+    assert {"reference", "unbind loop"} <= {row.backend for row in rows}
+    assert {row.seqlen for row in rows} == {20, 70}
+    assert all(row.p20 <= row.median <= row.p80 for row in rows)
+    assert len({row.timestamp for row in rows}) == 1
+    assert " ms  (" in capsys.readouterr().out
+
+
+def test_run_prints_no_speed_for_a_wrong_kernel_and_fails(tiny, tmp_path, capsys, monkeypatch):
+    right = ScanCase.scan
+
+    def planted(case):
+        out = right(case)
+        return out * 1.001 if case.spec.backend == "unbind loop" else out
+
+    monkeypatch.setattr(ScanCase, "scan", planted)
+    path = tmp_path / "out.csv"
+    assert selective_scan.run(quick=True, csv=path, backend="reference", parts=("shapes",)) == 1
+    printed = capsys.readouterr()
+    assert "A wrong result has no speed" in printed.err
+    assert "unbind loop" not in printed.out
+    assert "unbind loop" not in {row.backend for row in results.read(path)}
+
+
+def test_quick_run_stores_nothing_by_itself(tiny, monkeypatch):
+    monkeypatch.setattr(results, "append", lambda *_: pytest.fail("stored"))
+    assert selective_scan.main(["--quick", "--backend", "reference", "--parts", "lengths"]) == 0
+
+
+def test_run_refuses_a_backend_that_cannot_run(capsys):
+    assert selective_scan.run(quick=True, backend="cuda", parts=()) == 1
+    assert "backend 'cuda' cannot be measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("direction", "tags", "wrt"),
+    [
+        ("fwd", ("state-offset",), ()),
+        ("fwdbwd", (), FROZEN),
+        ("fwdbwd", ("initial-state", "state-offset"), (*FROZEN, "initial_state", "state_offset")),
+        ("fwdbwd", ("offset-only",), ("state_offset",)),
+    ],
+)
+def test_spec_asks_for_the_gradients_of_its_tags(direction, tags, wrt):
+    spec = Spec(TINY, direction, "reference", tags)
+    assert spec.wrt == wrt
+    verified = verify(ScanCase(spec), expected(spec.oracle()))
+    assert set(verified.errors) == {"out", *wrt}
+
+
+def test_channels_first_inputs_hold_the_same_values_with_seqlen_contiguous():
+    last, first = (ScanCase(Spec(TINY, "fwd", tags=tags)) for tags in ((), ("channels-first",)))
+    assert last.arguments["u"].stride(1) == 1 and first.arguments["u"].stride(2) == 1
+    assert last.arguments["z"].stride(2) == 2 * TINY.dim  # a view of in_proj's output
+    for name, value in last.arguments.items():
+        assert torch.equal(value, first.arguments[name])
+
+
+def test_memory_probe_yields_before_the_work():
+    steps = memory_probe(Spec(TINY, "fwdbwd", "unbind loop"))
+    assert next(steps) is None
+    assert next(steps, "done") == "done"
+
+
+@pytest.mark.skipif(not native.is_loaded(), reason="the compiled kernels are not built")
+def test_worker_runs_the_kernels_at_the_capability_asked_for():
+    spec = Spec(TINY, "fwdbwd", "cpu", ("full", "default"))
+    with Worker("default") as worker:
+        worker.ask("threads", 1)
+        case = RemoteCase(worker, spec)
+        assert set(verify(case, expected(spec.oracle())).errors) == {"out", *spec.wrt}
+        assert [lap.wall > 0 for lap in case.time()] == [True, True]
+        with pytest.raises(KeyError):
+            RemoteCase(worker, Spec(TINY, "fwd", "no such peer")).time()
+
+
+def test_worker_that_dies_says_how_to_see_why():
+    with Worker("no-such-capability") as worker:
+        worker.process.terminate()
+        worker.process.join()
+        with pytest.raises(RuntimeError, match="python -m ssmtune env"):
+            worker.ask("threads", 1)
