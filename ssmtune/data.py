@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ssmtune.config import nearest
+from ssmtune.config import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,8 @@ def load_examples(
         limit: read at most this many.
 
     Raises:
-        ValueError: no such file, a broken line (with its number), a column that is not there, or no example at all.
+        ConfigError: no such file, or a column that is not in it.
+        ValueError: a broken line, with its number, or no example at all.
     """
     prompt_parts = _parse_template(template, "template")
     target_parts = _parse_template(target, "target") if "{" in target else [("", target)]
@@ -60,7 +61,7 @@ def load_examples(
             break
         for _, column in [*prompt_parts, *target_parts]:
             if column is not None and column not in row:
-                raise ValueError(
+                raise ConfigError(
                     f"{path}: {where} has no column {column!r}{nearest(column, row)}.\n"
                     f"  Its columns: {', '.join(map(str, row)) or 'none'}. Set --data.template and --data.target."
                 )
@@ -204,7 +205,7 @@ def _parse_template(template: str, name: str) -> list[tuple[str, str | None]]:
     try:
         return [(literal, column) for literal, column, _, _ in string.Formatter().parse(template)]
     except ValueError as error:
-        raise ValueError(
+        raise ConfigError(
             f"data.{name} {template!r} cannot be read: {error}.\n"
             "  Columns are written {column}; double a brace that is meant as such: {{ or }}."
         ) from None
@@ -224,15 +225,15 @@ def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]
     """Yield (where, row) with `where` such as "line 3"."""
     file = Path(path)
     if file.is_dir():
-        raise ValueError(f"{path} is a directory.\n  Give one of its files, ending in {', '.join(_SUFFIXES)}.")
+        raise ConfigError(f"{path} is a directory.\n  Give one of its files, ending in {', '.join(_SUFFIXES)}.")
     if file.is_file():
         if file.suffix not in _SUFFIXES:
-            raise ValueError(f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
+            raise ConfigError(f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
                              f"  Convert it to one of {', '.join(_SUFFIXES)}.")
         return _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file)
     if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise ValueError(f"{path}: no such file{nearest(file.name, siblings)}.\n  Check --data.path.")
+        raise ConfigError(f"{path}: no such file{nearest(file.name, siblings)}.\n  Check --data.path.")
     return _hub_rows(str(path), split)
 
 
@@ -261,16 +262,16 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{file}: line {reader.line_num} cannot be read: {error}.\n"
+            raise ValueError(f"{file}: line {reader.reader.line_num} cannot be read: {error}.\n"
                              "  Check the quotes of that line.") from None
         if row is None:
             return
         if None in row or None in row.values():
             raise ValueError(
-                f"{file}: line {reader.line_num} does not have the {len(reader.fieldnames)} fields of the header.\n"
+                f"{file}: line {reader.reader.line_num} has not {len(reader.fieldnames)} fields as its header.\n"
                 "  Put fields that contain the separator in quotes."
             )
-        yield f"line {reader.line_num}", row
+        yield f"line {reader.reader.line_num}", row
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -285,7 +286,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             f"{name!r} is not a local file, and reading datasets from the hub needs the `datasets` package.\n"
             "  Check --data.path, or run: pip install datasets"
         ) from None
@@ -293,7 +294,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise ConfigError(
             f"{name!r} is not a local file, and split {split!r} of a dataset of that name could not be loaded.\n"
             f"  {reason}\n  Check --data.path and --data.split, and the network."
         ) from None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ssmtune.data import IGNORED, Collator, Encoded, Example, encode, encode_prompt
+from ssmtune.likelihood import evaluating, pad_id, target_losses
 
 
 class TargetScore(NamedTuple):
@@ -18,7 +19,6 @@ class TargetScore(NamedTuple):
     tokens: int
 
 
-@torch.no_grad()
 def generate_texts(
     model: nn.Module,
     tokenizer,
@@ -50,7 +50,7 @@ def generate_texts(
     collate = Collator(padding, side="left")
     device = next(model.parameters()).device
     texts: list[str] = [""] * len(prompts)
-    with _evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for chosen in _batches(encoded, batch_size):
             batch = collate([Encoded(encoded[index], encoded[index]) for index in chosen])
@@ -63,7 +63,7 @@ def generate_texts(
                 use_cache=use_cache,
                 **options,
             )
-            new = output[:, batch["input_ids"].shape[1]:]
+            new = output[:, batch["input_ids"].shape[1] :]
             for index, row in zip(chosen, new.tolist(), strict=True):
                 if tokenizer.eos_token_id in row:
                     row = row[: row.index(tokenizer.eos_token_id)]
@@ -96,26 +96,17 @@ def target_log_likelihood(
     return score_encoded(model, encoded, pad_id(tokenizer), batch_size)
 
 
-@torch.no_grad()
-def score_encoded(
-    model: nn.Module, encoded: Sequence[Encoded], padding: int, batch_size: int
-) -> list[TargetScore]:
+def score_encoded(model: nn.Module, encoded: Sequence[Encoded], padding: int, batch_size: int) -> list[TargetScore]:
     """Score the labelled tokens of encoded examples, in their order."""
     collate = Collator(padding)
     device = next(model.parameters()).device
     scores: list[TargetScore] = [TargetScore(0.0, 0)] * len(encoded)
-    with _evaluating(model):
+    with evaluating(model):
         for chosen in _batches([item.input_ids for item in encoded], batch_size):
             batch = {key: value.to(device) for key, value in collate([encoded[index] for index in chosen]).items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            # a prompt-tuned model answers for its virtual tokens too, and they come first
-            logits = logits[:, -batch["input_ids"].shape[1]:]
-            labels = batch["labels"][:, 1:]
-            losses = nn.functional.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-            )
-            counts = (labels != IGNORED).sum(1)
-            for index, total, count in zip(chosen, (-losses.double().sum(1)).tolist(), counts.tolist(), strict=True):
+            totals = -target_losses(model, batch).double().sum(1)
+            counts = (batch["labels"] != IGNORED).sum(1)
+            for index, total, count in zip(chosen, totals.tolist(), counts.tolist(), strict=True):
                 scores[index] = TargetScore(total, count)
     return scores
 
@@ -123,26 +114,4 @@ def score_encoded(
 def _batches(encoded: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Indices in batches of similar lengths, the longest first so that a lack of memory shows at once."""
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
-    return [order[start: start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def pad_id(tokenizer) -> int:
-    """The token to pad with: it is masked, so any will do."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
-
-
-class _evaluating:
-    """Evaluation mode for a while."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.was_training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.was_training)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # formats that can run code when they are read
 _PICKLES = ("pytorch_model.bin", "adapter_model.bin", "model.pt", "pytorch_model.pt")
@@ -122,8 +123,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     Raises:
         ValueError: the directory does not hold a sound adapter, or it does not fit the model.
     """
-    from peft import PeftModel
-    from safetensors import SafetensorError
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     import ssmtune.tuners  # noqa: F401 - registers the state methods with peft
     from ssmtune.prompt_tuning import repair
@@ -132,17 +133,20 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     try:
         with quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(directory), use_safetensors=True)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{directory}/adapter_model.safetensors cannot be read: {error}.\n"
-            "  The file is damaged or was not written to its end. Train again, or copy it again."
-        ) from None
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise ValueError(
             f"the {config['peft_type']} adapter in {directory} does not fit {type(model).__name__}: {reason}\n"
             f"  It was trained for {config.get('base_model_name_or_path')!r}. Load it on that model."
         ) from None
+    with safe_open(Path(directory) / _ADAPTER_WEIGHTS, "pt") as file:
+        missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - set(file.keys())
+    if missing:
+        # peft would leave them as they were initialised, and only warn
+        raise ValueError(
+            f"{directory}/{_ADAPTER_WEIGHTS} lacks {len(missing)} tensors, first {min(missing)}.\n"
+            f"  It was trained for {config.get('base_model_name_or_path')!r} or is incomplete. Load it on that model."
+        )
     return repair(adapted).eval()
 
 
@@ -198,7 +202,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
         ValueError: a file is missing or damaged, a pickle, or of a method that is not known here.
     """
     directory = Path(directory)
-    config_file, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    config_file, weights = directory / "adapter_config.json", directory / _ADAPTER_WEIGHTS
     if not config_file.is_file():
         raise ValueError(
             f"{directory} is not an adapter: it has no adapter_config.json.\n"
@@ -212,6 +216,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
             f"{config_file} is damaged: it is not JSON with a peft_type.\n  Train again, or copy it again."
         ) from None
     from peft.utils import PeftType
+    from safetensors import SafetensorError, safe_open
 
     import ssmtune.tuners  # noqa: F401
 
@@ -224,10 +229,18 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     if not weights.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
         raise ValueError(
-            f"{directory} has no adapter_model.safetensors"
+            f"{directory} has no {_ADAPTER_WEIGHTS}"
             + (", only a pickle (adapter_model.bin), which can run code when it is read.\n" if pickled else ".\n")
             + "  Save the adapter again with a current version of peft."
         )
+    try:
+        with safe_open(weights, "pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights} cannot be read: {error}.\n"
+            "  The file is damaged or was not written to its end. Train again, or copy it again."
+        ) from None
     return config
 
 
@@ -254,7 +267,7 @@ def _check_model_directory(path: Path) -> None:
 def _load_error(name: str, place: str, error: Exception) -> ValueError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = (lines[0] if lines else type(error).__name__)[:200]
-    if place == name:  # a name on the hub
+    if not Path(place).is_dir():  # a name on the hub
         known = builtin_models()
         return ConfigError(
             f"model {name!r} is neither built in nor a local directory, and could not be read from the hub.\n"

@@ -69,23 +69,26 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Make the directory, or check that it may be used.
+    def check(self, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Check that a run may be written here.
 
         Raises:
             ConfigError: it has content and neither resume nor overwrite was asked for.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, not a run directory.\n  Give another --out.")
-        if self.path.is_dir() and any(self.path.iterdir()) and not resume:
-            if not overwrite:
-                state = "a finished run" if self.summary.is_file() else "files"
-                raise ConfigError(
-                    f"{self.path} already holds {state}.\n"
-                    "  Use --resume to go on with it, --overwrite to start again, or another --out."
-                )
-            self.clear()
+        if self.path.is_dir() and any(self.path.iterdir()) and not resume and not overwrite:
+            state = "a finished run" if self.summary.is_file() else "files"
+            raise ConfigError(
+                f"{self.path} already holds {state}.\n"
+                "  Use --resume to go on with it, --overwrite to start again, or another --out."
+            )
+
+    def prepare(self, *, resume: bool = False) -> None:
+        """Make the directory, and clear it of an earlier run unless that is to be resumed."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            self.clear()
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""

@@ -22,7 +22,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from ssmtune import memory
 from ssmtune.config import ConfigError, EvalConfig, TrainConfig
 from ssmtune.data import Collator, EncodedExamples, Example, encode_all
-from ssmtune.generation import pad_id, score_encoded
+from ssmtune.generation import score_encoded
+from ssmtune.likelihood import pad_id, target_losses
 from ssmtune.models import no_progress_bars, portable_name
 from ssmtune.run_directory import RunDirectory, environment, whole_folder, write_json
 from ssmtune.training_log import RunLog, StopRequest, diverged, draw_losses
@@ -190,6 +191,8 @@ class _Trainer(Trainer):
             train_dataset=train_data,
             data_collator=Collator(pad_id(log.tokenizer)),
         )
+        # compute_loss divides by the target tokens of the whole step, which Trainer counts if the model asks for them
+        self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(log)
@@ -202,6 +205,12 @@ class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         count = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
         return ExampleOrder(len(self.train_dataset), count * self.args.world_size, self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean loss of the target tokens of all batches of a step, over all processes."""
+        losses = target_losses(model, inputs, base=self.accelerator.unwrap_model(model))
+        loss = losses.sum() / num_items_in_batch * self.args.world_size
+        return (loss, {}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.record.count(inputs["attention_mask"])

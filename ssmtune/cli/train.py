@@ -10,6 +10,7 @@ from typing import Any
 
 from ssmtune.config import ConfigError, RunConfig, add_flags, flag_values, help_of, load_config, to_dict, to_yaml
 from ssmtune.methods import get_method, method_options
+from ssmtune.models import resolve_model
 
 EXAMPLES = """\
 examples:
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     options = method_options(config.method)
     directory = RunDirectory(Path(config.out))
     if not args.dry_run:
-        directory.prepare(resume=args.resume, overwrite=args.overwrite)
+        directory.check(resume=args.resume, overwrite=args.overwrite)
+    resolve_model(config.model)
     if args.resume and directory.summary.is_file():
         print(f"{directory.path} is finished. Nothing to resume.\nnext: {_next_command(directory.path)}")
         return 0
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         from ssmtune.run_directory import write_whole
         from ssmtune.training import TrainingInterrupted, train
 
+        directory.prepare(resume=args.resume)
         write_whole(directory.config, to_yaml(config))
         try:
             result = train(

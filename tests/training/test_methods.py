@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from ssmtune.config import ConfigError, MethodConfig
+from ssmtune.gradcheck import check_gradients
+from ssmtune.methods import METHODS, apply_method, get_method, lora_targets, method_options
+from ssmtune.models import load_model
+
+ADAPTERS = [name for name in METHODS if name != "full"]
+
+
+@pytest.fixture
+def model(tiny_checkpoint):
+    return load_model(tiny_checkpoint)[0]
+
+
+def batch():
+    tokens = torch.randint(0, 250, (2, 9))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_trainable_tensor_receives_a_gradient(model, name):
+    model = apply_method(model, name)
+    report = check_gradients(model, batch())
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_only_the_adapter_is_trainable(model, name):
+    weights = {id(parameter) for parameter in model.parameters()}
+    adapted = apply_method(model, name)
+    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert trainable and not weights & {id(parameter) for parameter in trainable}
+    assert all(parameter.dtype == torch.float32 for parameter in trainable)
+    assert weights <= {id(parameter) for parameter in adapted.parameters()}
+
+
+def test_full_trains_every_weight(model):
+    assert all(parameter.requires_grad for parameter in apply_method(model, "full").parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if METHODS[name].kind != "prompt"])
+def test_model_equals_its_base_before_the_first_step(model, name):
+    inputs = batch()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(apply_method(model, name)(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt-tuning"])
+def test_random_initialisation_depends_on_the_seed_alone(tiny_checkpoint, name):
+    def tensors(seed):
+        model = load_model(tiny_checkpoint)[0]
+        torch.rand(3)
+        state = torch.random.get_rng_state()
+        adapted = apply_method(model, name, {}, seed)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return torch.cat([p.detach().flatten() for p in adapted.parameters() if p.requires_grad])
+
+    first = tensors(1)
+    assert torch.equal(first, tensors(1)) and not torch.equal(first, tensors(2))
+
+
+def test_options_reach_the_adapter(model):
+    adapted = apply_method(model, "lora", {"rank": 2, "alpha": 6, "target_modules": ["in_proj"], "layers": [1]})
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(names) == 2 and all("layers.1.mixer.in_proj" in name for name in names)
+    assert adapted.base_model.model.backbone.layers[1].mixer.in_proj.scaling["default"] == 3.0
+
+
+@pytest.mark.parametrize("name", ["state-offset", "initial-state"])
+def test_state_methods_take_a_rank_and_layers(model, name):
+    adapted = apply_method(model, name, {"rank": 2, "layers": [0]})
+    sizes = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert sizes == 2 * (64 + 8)
+
+
+def test_lora_targets_need_a_mixer():
+    with pytest.raises(ConfigError, match="none of in_proj, x_proj, dt_proj is in Linear"):
+        lora_targets(torch.nn.Linear(2, 2))
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'state-offset'"):
+        get_method("state-ofset")
+
+
+def test_an_option_of_another_method_is_refused(model):
+    with pytest.raises(ConfigError, match="'state-offset-y' has no option 'rank'"):
+        method_options(MethodConfig("state-offset-y", rank=4))
+    with pytest.raises(ConfigError, match="'full' has no option 'virtual_tokens'"):
+        apply_method(model, "full", {"virtual_tokens": 4})
+    assert method_options(MethodConfig("lora", rank=4)) == {"rank": 4}
