@@ -32,13 +32,16 @@ def update_inputs():
     return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("trained", [(), INPUTS, OFFSETS, ("u",)], ids=["none", "all", "offsets", "u"])
-@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(
+    "trained, layout",
+    [((), "first"), (INPUTS, "last"), (OFFSETS, "last")],
+    ids=["none-first", "all-last", "offsets-last"],
+)
 def test_opcheck_selective_scan_fwd(scan_inputs, backend, trained, layout):
     inputs = scan_inputs(2, 5, 9, 4, layouts=dict.fromkeys(("u", "z"), layout))
     for name in trained:
         inputs[name].requires_grad_()
-    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*inputs.values(), True, len(trained) not in (0, 2), backend))
+    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*inputs.values(), True, trained == INPUTS, backend))
 
 
 def test_opcheck_selective_scan_fwd_half(scan_inputs, backend):
@@ -47,11 +50,11 @@ def test_opcheck_selective_scan_fwd_half(scan_inputs, backend):
     opcheck(torch.ops.ssmtune.selective_scan_fwd, (*args, False, False, backend))
 
 
-@pytest.mark.parametrize("wanted", [[True] * 11, [False] * 10 + [True], [True, False] * 5 + [True]], ids=str)
-def test_opcheck_selective_scan_bwd(scan_inputs, backend, wanted):
+def test_opcheck_selective_scan_bwd(scan_inputs, backend):
     inputs = list(scan_inputs(2, 5, 9, 4).values())
     out, last_state, chunk_states = torch.ops.ssmtune.selective_scan_fwd(*inputs, True, True, backend)
-    for gradients in ((torch.randn_like(out), torch.randn_like(last_state)), (None, torch.randn_like(last_state))):
+    dout, dlast_state = torch.randn_like(out), torch.randn_like(last_state)
+    for gradients, wanted in (((dout, dlast_state), [True] * 11), ((None, dlast_state), [True, False] * 5 + [True])):
         args = (*gradients, *inputs, chunk_states, True, wanted, backend)
         opcheck(torch.ops.ssmtune.selective_scan_bwd, args)
 

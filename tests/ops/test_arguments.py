@@ -1,0 +1,219 @@
+"""Wrong calls are refused with what failed, why, and what to do; never by a kernel."""
+
+import re
+
+import pytest
+import torch
+
+from ssmtune.ops import causal_conv1d, selective_scan, selective_state_update
+
+BATCH, DIM, SEQLEN, DSTATE, WIDTH = 2, 6, 5, 4, 3
+
+
+def scan_inputs():
+    return {
+        "u": torch.randn(BATCH, DIM, SEQLEN),
+        "delta": torch.rand(BATCH, DIM, SEQLEN),
+        "A": -torch.rand(DIM, DSTATE),
+        "B": torch.randn(BATCH, DSTATE, SEQLEN),
+        "C": torch.randn(BATCH, DSTATE, SEQLEN),
+    }
+
+
+def update_inputs():
+    return {
+        "state": torch.randn(BATCH, DIM, DSTATE),
+        "x": torch.randn(BATCH, DIM),
+        "dt": torch.rand(BATCH, DIM),
+        "A": -torch.rand(DIM, DSTATE),
+        "B": torch.randn(BATCH, DSTATE),
+        "C": torch.randn(BATCH, DSTATE),
+    }
+
+
+def conv_inputs():
+    return {"x": torch.randn(BATCH, DIM, SEQLEN), "weight": torch.randn(DIM, WIDTH)}
+
+
+OPERATORS = {
+    "selective_scan": (selective_scan, scan_inputs),
+    "selective_state_update": (selective_state_update, update_inputs),
+    "causal_conv1d": (causal_conv1d, conv_inputs),
+}
+
+
+def zeros(*shape, **kwargs):
+    return torch.zeros(*shape, **kwargs)
+
+
+# operator, what is changed in a right call, the error, and pieces of its message in order
+WRONG = [
+    (
+        "selective_scan",
+        {"u": zeros(DIM, SEQLEN)},
+        ValueError,
+        ["u has shape (6, 5)", "(batch, dim, seqlen)", "unsqueeze"],
+    ),
+    (
+        "selective_scan",
+        {"u": zeros(0, DIM, SEQLEN)},
+        ValueError,
+        ["u has shape (0, 6, 5)", "batch is 0", "Skip the call"],
+    ),
+    ("selective_scan", {"u": zeros(2, DIM, 0)}, ValueError, ["u has shape (2, 6, 0)", "seqlen is 0", "Skip the call"]),
+    ("selective_scan", {"u": [1.0]}, TypeError, ["u is of type list", "expected a tensor", "torch.as_tensor(u)"]),
+    ("selective_scan", {"u": None}, TypeError, ["u is of type NoneType", "expected a tensor."]),
+    ("selective_scan", {"z": 1.0}, TypeError, ["z is of type float", "a tensor or None"]),
+    (
+        "selective_scan",
+        {"u": zeros(2, DIM, SEQLEN, dtype=torch.int64)},
+        TypeError,
+        ["u has dtype torch.int64", "u.float()"],
+    ),
+    (
+        "selective_scan",
+        {"A": zeros(DIM, DSTATE, dtype=torch.complex64)},
+        TypeError,
+        ["A has dtype torch.complex64", "Complex state"],
+    ),
+    (
+        "selective_scan",
+        {"delta": zeros(2, DIM, SEQLEN, device="meta")},
+        ValueError,
+        ["delta is on meta", "u is on cpu", "delta.to(u.device)"],
+    ),
+    (
+        "selective_scan",
+        {"delta": zeros(2, SEQLEN, DIM)},
+        ValueError,
+        ["delta has shape (2, 5, 6)", "(batch, dim, seqlen) = (2, 6, 5)", "transpose delta"],
+    ),
+    ("selective_scan", {"delta": zeros(2, DIM, 4)}, ValueError, ["delta has shape (2, 6, 4)", "seqlen are those of u"]),
+    (
+        "selective_scan",
+        {"A": zeros(7, DSTATE)},
+        ValueError,
+        ["A has shape (7, 4)", "(dim, dstate) = (6, 4)", "dim is that of u"],
+    ),
+    ("selective_scan", {"A": zeros(DIM, 0)}, ValueError, ["A has shape (6, 0)", "dstate is 0"]),
+    ("selective_scan", {"A": zeros(DIM)}, ValueError, ["A has shape (6,)", "2 dimensions, (dim, dstate)"]),
+    (
+        "selective_scan",
+        {"B": zeros(2, SEQLEN, DSTATE)},
+        ValueError,
+        ["B has shape (2, 5, 4)", "(batch, dstate, seqlen) = (2, 4, 5)", "transpose B"],
+    ),
+    (
+        "selective_scan",
+        {"C": zeros(2, 1, DSTATE, SEQLEN)},
+        ValueError,
+        ["C has shape (2, 1, 4, 5)", "Groups", "C.squeeze(1)"],
+    ),
+    (
+        "selective_scan",
+        {"B": zeros(DIM, DSTATE)},
+        ValueError,
+        ["B has shape (6, 4)", "(batch, dstate, seqlen) = (2, 4, 5)"],
+    ),
+    ("selective_scan", {"D": zeros(7)}, ValueError, ["D has shape (7,)", "(dim,) = (6,)"]),
+    ("selective_scan", {"delta_bias": zeros(6, 1)}, ValueError, ["delta_bias has shape (6, 1)", "(dim,) = (6,)"]),
+    (
+        "selective_scan",
+        {"state_offset": zeros(DIM, 8)},
+        ValueError,
+        ["state_offset has shape (6, 8)", "(dim, dstate) = (6, 4) or (batch, dim, dstate) = (2, 6, 4)", "trained for"],
+    ),
+    (
+        "selective_scan",
+        {"initial_state": zeros(3, DIM, DSTATE)},
+        ValueError,
+        ["initial_state has shape (3, 6, 4)", "(2, 6, 4)"],
+    ),
+    (
+        "selective_scan",
+        {"output_offset": zeros(3, DIM)},
+        ValueError,
+        ["output_offset has shape (3, 6)", "(dim,) = (6,) or (batch, dim) = (2, 6)"],
+    ),
+    (
+        "selective_scan",
+        {"cu_seqlens": torch.tensor([0, 5])},
+        NotImplementedError,
+        ["cu_seqlens was given", "packed sequences", "Pad the sequences"],
+    ),
+    (
+        "selective_scan",
+        {"backend": "refrence"},
+        ValueError,
+        ["there is no backend 'refrence'", "did you mean 'reference'?", "cuda, triton, cpu, reference"],
+    ),
+    (
+        "selective_scan",
+        {"backend": "cuda"},
+        RuntimeError,
+        ["backend 'cuda' was requested but cannot run", "no CUDA kernel for selective_scan", "available_backends"],
+    ),
+    (
+        "selective_scan",
+        {"backend": "triton"},
+        RuntimeError,
+        ["backend 'triton'", "no Triton kernel for selective_scan in this version"],
+    ),
+    (
+        "selective_state_update",
+        {"state": zeros(DIM, DSTATE)},
+        ValueError,
+        ["state has shape (6, 4)", "(batch, dim, dstate)"],
+    ),
+    ("selective_state_update", {"state": zeros(0, DIM, DSTATE)}, ValueError, ["batch is 0"]),
+    (
+        "selective_state_update",
+        {"x": zeros(BATCH, DIM, 1)},
+        ValueError,
+        ["x has shape (2, 6, 1)", "(batch, dim) = (2, 6)"],
+    ),
+    ("selective_state_update", {"B": zeros(BATCH, 1, DSTATE)}, ValueError, ["B has shape (2, 1, 4)", "Groups"]),
+    ("selective_state_update", {"z": zeros(DIM, BATCH)}, ValueError, ["z has shape (6, 2)", "transpose z"]),
+    ("selective_state_update", {"output_offset": zeros(5)}, ValueError, ["output_offset has shape (5,)"]),
+    ("selective_state_update", {"dt": zeros(BATCH, DIM, dtype=torch.bool)}, TypeError, ["dt has dtype torch.bool"]),
+    ("selective_state_update", {"backend": "cpy"}, ValueError, ["did you mean 'cpu'?"]),
+    ("causal_conv1d", {"x": zeros(DIM, SEQLEN)}, ValueError, ["x has shape (6, 5)", "3 dimensions"]),
+    ("causal_conv1d", {"x": zeros(2, DIM, 0)}, ValueError, ["seqlen is 0"]),
+    (
+        "causal_conv1d",
+        {"weight": zeros(DIM, 1, WIDTH)},
+        ValueError,
+        ["weight has shape (6, 1, 3)", "(dim, width)", "squeeze"],
+    ),
+    ("causal_conv1d", {"weight": zeros(7, WIDTH)}, ValueError, ["weight has shape (7, 3)", "(dim, width) = (6, 3)"]),
+    ("causal_conv1d", {"bias": zeros(7)}, ValueError, ["bias has shape (7,)", "(dim,) = (6,)"]),
+    (
+        "causal_conv1d",
+        {"initial_states": zeros(BATCH, DIM, WIDTH)},
+        ValueError,
+        ["initial_states has shape (2, 6, 3)", "(batch, dim, width - 1) = (2, 6, 2)"],
+    ),
+    ("causal_conv1d", {"activation": "sillu"}, ValueError, ["there is no activation 'sillu'", "did you mean 'silu'?"]),
+    ("causal_conv1d", {"activation": "gelu"}, ValueError, ["there is no activation 'gelu'.", "activation=None"]),
+    ("causal_conv1d", {"bias": "yes"}, TypeError, ["bias is of type str"]),
+]
+
+
+@pytest.mark.parametrize(
+    "op, change, error, pieces", WRONG, ids=[f"{row[0]}-{next(iter(row[1]))}-{row[3][0][:30]}" for row in WRONG]
+)
+def test_wrong_arguments(op, change, error, pieces):
+    function, inputs = OPERATORS[op]
+    with pytest.raises(error) as raised:
+        function(**inputs() | change)
+    message = str(raised.value)
+    assert re.search(".*".join(map(re.escape, pieces)), message, re.DOTALL), message
+    lines = message.splitlines()
+    assert 2 <= len(lines) <= 4 and all(len(line) <= 160 for line in lines), message
+    assert lines[0].startswith(f"{op}: ") and all(line.startswith("  ") for line in lines[1:]), message
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_right_arguments(op):
+    function, inputs = OPERATORS[op]
+    function(**inputs())
