@@ -132,7 +132,10 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
         return {f"{self.prefix}A": (config.rank, self.dstate), f"{self.prefix}B": (self.dim, config.rank)}
 
     def update_layer(self, adapter_name: str, config: StateTunerConfig, device: torch.device) -> None:
-        """Add the tensors of one adapter."""
+        """Add the tensors of one adapter, in place of those it may have."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in (known := getattr(self, name)):
+                del known[adapter_name]
         for name, shape in self.shapes(config).items():
             tensor = torch.zeros(shape, dtype=torch.float32, device=device)
             if name == f"{self.prefix}A":
@@ -286,12 +289,6 @@ class StateTunerModel(BaseTuner):
                 else:
                     unpatch_mixer(mixer)
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        # peft's default takes every adapter of the model, also those of a LoRA beside this one.
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: tensor for key, tensor in selected.items() if f".{cls.prefix}" in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

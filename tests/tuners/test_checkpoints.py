@@ -13,6 +13,10 @@ def adapter_tensors(model):
     return {n: p.detach() for n, p in model.named_parameters() if "state_offset_" in n or "initial_state_" in n}
 
 
+def load_tensors(folder):
+    return dict(sorted(load_file(folder / "adapter_model.safetensors").items()))
+
+
 def assert_same_adapter(expected, actual):
     assert list(expected) == list(actual)
     for name, tensor in expected.items():
@@ -47,7 +51,7 @@ def offset_folder(base, make_nonzero, tmp_path):
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_round_trip_is_exact(stored, base, low_cpu_mem_usage, input_ids, logits):
     model, folder = stored
-    assert all(key.count(".mixer.") == 1 for key in load_file(folder / "adapter_model.safetensors"))
+    assert all(key.count(".mixer.") == 1 for key in load_tensors(folder))
     loaded = AutoModelForCausalLM.from_pretrained(base)
     loaded = PeftModel.from_pretrained(loaded, folder, low_cpu_mem_usage=low_cpu_mem_usage)
     assert_same_adapter(adapter_tensors(model), adapter_tensors(loaded))
@@ -96,12 +100,15 @@ def test_load_adapter_of_transformers(stored, base, dtype, input_ids, logits):
     assert adapter_tensors(loaded) == {}
 
 
-def test_add_adapter_of_transformers(tiny_mamba, make_config, make_nonzero, input_ids, logits):
+def test_add_adapter_of_transformers(tiny_mamba, make_config, make_nonzero, tmp_path, input_ids, logits):
     base = logits(tiny_mamba, input_ids)
     tiny_mamba.add_adapter(make_config(), "poet")
     make_nonzero(tiny_mamba)
     assert tiny_mamba.active_adapters() == ["poet"]
     assert (logits(tiny_mamba, input_ids) - base).abs().max() > 1e-3
+    tiny_mamba.save_pretrained(tmp_path)
+    stored = {key.removeprefix("base_model.model."): tensor for key, tensor in load_tensors(tmp_path).items()}
+    assert_same_adapter({n.removesuffix(".poet"): p for n, p in sorted(adapter_tensors(tiny_mamba).items())}, stored)
     tiny_mamba.disable_adapters()
     torch.testing.assert_close(logits(tiny_mamba, input_ids), base)
 

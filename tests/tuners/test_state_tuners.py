@@ -181,6 +181,26 @@ def test_deepcopy_and_pickle(tiny_mamba, make_config, make_nonzero, input_ids, l
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), input_ids), expected)
 
 
+def test_compiles_without_graph_breaks(tiny_mamba, make_nonzero, input_ids):
+    get_peft_model(tiny_mamba, InitialStateConfig(rank=2), adapter_name="initial")
+    model = make_nonzero(get_peft_model(tiny_mamba, StateOffsetConfig(), adapter_name="offset"))
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        model.zero_grad()
+        output = run(input_ids=input_ids, labels=input_ids)
+        output.loss.backward()
+        results.append([output.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*results)
+
+
+def test_a_name_used_again_starts_afresh(tiny_mamba, make_nonzero):
+    for config in (StateOffsetConfig(), StateOffsetConfig(rank=2), StateOffsetConfig(target="y")):
+        model = make_nonzero(get_peft_model(tiny_mamba, config))
+    layer = tiny_mamba.backbone.layers[0].mixer.offset_adapter
+    assert [name for name, _ in layer.named_parameters()] == ["state_offset_y.default"] and not layer.scaling
+    assert model.get_nb_trainable_parameters()[0] == 2 * 64
+
+
 def test_layers_to_transform(tiny_mamba, make_config):
     model = get_peft_model(tiny_mamba, make_config(layers_to_transform=[1], layers_pattern="layers"))
     assert all(".layers.1." in name for name, p in model.named_parameters() if p.requires_grad)
