@@ -153,7 +153,8 @@ def backward(model: MambaForCausalLM, batch: torch.Tensor) -> float:
 def held_out_loss(model: MambaForCausalLM, tokens: np.ndarray, windows: int | None = None) -> tuple[float, int]:
     """Summed cross entropy (nats) over windows of SEQLEN tokens, and how many tokens that is."""
     model.eval()
-    n = (len(tokens) - 1) // SEQLEN if windows is None else windows
+    n = (len(tokens) - 1) // SEQLEN
+    n = n if windows is None else min(n, windows)
     total = 0.0
     for start in range(0, n, BATCH):
         rows = [tokens[w * SEQLEN : w * SEQLEN + SEQLEN + 1] for w in range(start, min(start + BATCH, n))]
