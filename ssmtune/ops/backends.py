@@ -189,7 +189,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, wish: str | None =
             )
         return wish
     for backend in BACKENDS.values():
-        if op in backend.operators and backend.available() is None and backend.accepts(call) is None:
+        if op in backend.operators and backend.accepts(call) is None and backend.available() is None:
             if not torch.compiler.is_compiling():
                 _log(op, call, backend.name)
             return backend.name

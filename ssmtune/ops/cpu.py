@@ -7,7 +7,7 @@ tensors that are dense along dim or seqlen, and everything else contiguous in fl
 import torch
 from torch import Tensor
 
-from ssmtune.ops.layout import dense_axis
+from ssmtune.ops.layout import contiguous, dense_axis
 
 CHUNK_SIZE = 64
 CHANNEL_BLOCK = 16
@@ -50,38 +50,9 @@ def selective_scan_backward(
     )
 
 
-def selective_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    state_offset: Tensor | None,
-    output_offset: Tensor | None,
-    out: Tensor,
-) -> None:
+def selective_state_update(*args) -> None:
     """Advance the state by one step."""
-    work = _parameter(state)
-    torch.ops.ssmtune_native.selective_state_update(
-        work,
-        *(tensor.to(x.dtype).contiguous() for tensor in (x, dt)),
-        _parameter(A),
-        *(tensor.to(x.dtype).contiguous() for tensor in (B, C)),
-        _parameter(D),
-        None if z is None else z.to(x.dtype).contiguous(),
-        _parameter(dt_bias),
-        dt_softplus,
-        _parameter(state_offset),
-        _parameter(output_offset),
-        out,
-    )
-    if work is not state:
-        state.copy_(work)
+    torch.ops.ssmtune_native.selective_state_update(*args)
 
 
 def causal_conv1d_forward(inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor) -> None:
@@ -99,11 +70,11 @@ def causal_conv1d_backward(
 
 
 def _sequence(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else dense_axis(x.to(dtype))
+    return None if x is None else dense_axis(x if x.dtype == dtype else x.to(dtype))
 
 
 def _parameter(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
+    return contiguous(x, torch.float32)
 
 
 def _scan_inputs(

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ssmtune.ops.backends import implementation
+from ssmtune.ops.layout import contiguous
+from ssmtune.ops.reference import compute_dtype
 
 torch.library.define(
     "ssmtune::selective_state_update",
@@ -19,10 +21,27 @@ def _fake(state, x, *args) -> Tensor:
 
 
 @torch.library.impl("ssmtune::selective_state_update", "CompositeExplicitAutograd")
-def _update(state, x, *args) -> Tensor:
-    *args, backend = args
+def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, output_offset, backend) -> Tensor:
+    dtype, wide = x.dtype, compute_dtype(x)
     out = x.new_empty(x.shape)
-    implementation(backend).selective_state_update(state, x, *args, out)
+    work = contiguous(state, wide)
+    implementation(backend).selective_state_update(
+        work,
+        contiguous(x, dtype),
+        contiguous(dt, dtype),
+        contiguous(A, wide),
+        contiguous(B, dtype),
+        contiguous(C, dtype),
+        contiguous(D, wide),
+        contiguous(z, dtype),
+        contiguous(dt_bias, wide),
+        dt_softplus,
+        contiguous(state_offset, wide),
+        contiguous(output_offset, wide),
+        out,
+    )
+    if work is not state:
+        state.copy_(work)
     return out
 
 
