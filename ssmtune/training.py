@@ -184,6 +184,7 @@ class _Trainer(Trainer):
             remove_unused_columns=False,
             label_names=["labels"],
             dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
         )
         super().__init__(
             model=model,
@@ -213,7 +214,10 @@ class _Trainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self.record.count(inputs["attention_mask"])
+        tokens = inputs["attention_mask"].sum()
+        if self.args.world_size > 1:
+            tokens = self.accelerator.reduce(tokens.to(self.args.device), "sum")
+        self.record.tokens += int(tokens)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise diverged("the loss", loss.item(), self.state.global_step + 1, self._get_learning_rate())

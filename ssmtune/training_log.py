@@ -81,10 +81,6 @@ class RunLog(TrainerCallback):
         self._tokens_logged, self._seconds_logged = self.tokens, self.seconds
         self.progress = ProgressLine(config.steps, self.resumed_at, progress)
 
-    def count(self, attention_mask: torch.Tensor) -> None:
-        """Count the tokens of a batch, pads left out."""
-        self.tokens += int(attention_mask.sum())
-
     def is_best(self, dev_loss: float) -> bool:
         """Whether this dev loss is lower than all before; asked once for each evaluation."""
         return self.best_dev_loss is None or dev_loss < self.best_dev_loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -50,29 +51,19 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = _resolve(args)
-    from ssmtune.run_directory import RunDirectory
-
     method = get_method(config.method.name)
     options = method_options(config.method)
-    directory = RunDirectory(Path(config.out))
-    if not args.dry_run:
-        directory.check(resume=args.resume, overwrite=args.overwrite)
-    resolve_model(config.model)
-    if args.resume and directory.summary.is_file():
-        print(f"{directory.path} is finished. Nothing to resume.\nnext: {_next_command(directory.path)}")
-        return 0
-    from ssmtune.data import hold_out, load_examples
+    from ssmtune.run_directory import RunDirectory, write_whole
 
-    if config.data.path is None:
-        raise ConfigError("data.path is not set.\n  Give the training examples with --data FILE.")
-    source = config.data
-    train_examples = load_examples(
-        source.path, source.template, source.target, split=source.split, limit=source.limit
-    )
-    if source.dev_path is not None:
-        dev_examples = load_examples(source.dev_path, source.template, source.target, split=source.split)
-    else:
-        train_examples, dev_examples = hold_out(train_examples, source.dev_fraction, config.train.seed)
+    directory = RunDirectory(Path(config.out))
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun or accelerate launch
+    if first and not args.dry_run:
+        directory.check(resume=args.resume, overwrite=args.overwrite)
+    if args.resume and directory.summary.is_file():
+        print(f"{directory.path} is finished. Nothing to resume.\nnext     {_next_command(directory.path)}")
+        return 0
+    resolve_model(config.model)
+    train_examples, dev_examples = _load_data(config)
 
     import torch
 
@@ -81,21 +72,30 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = load_model(config.model, config.train.dtype)
     if torch.cuda.is_available():
-        model.to("cuda")
+        model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     model = apply_method(model, method.name, options, config.train.seed)
     with backend_for(args.backend):
-        _print_plan(config, method, model, tokenizer, train_examples, dev_examples, args.dry_run)
+        if first:
+            _print_plan(config, method, model, tokenizer, train_examples, dev_examples, args.dry_run)
         if args.dry_run:
             return 0
-        from ssmtune.run_directory import write_whole
         from ssmtune.training import TrainingInterrupted, train
 
-        directory.prepare(resume=args.resume)
-        write_whole(directory.config, to_yaml(config))
+        if first:
+            directory.prepare(resume=args.resume)
+            write_whole(directory.config, to_yaml(config))
         try:
             result = train(
-                model, tokenizer, train_examples, dev_examples, config.train, directory.path,
-                max_length=source.max_length, evaluation=config.eval, resume=args.resume, progress=not args.quiet,
+                model,
+                tokenizer,
+                train_examples,
+                dev_examples,
+                config.train,
+                directory.path,
+                max_length=config.data.max_length,
+                evaluation=config.eval,
+                resume=args.resume,
+                progress=first and not args.quiet,
             )
         except TrainingInterrupted as stopped:
             print(
@@ -104,8 +104,21 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 130
-    _print_report(directory, result)
+    if first:
+        _print_report(directory, result)
     return 0
+
+
+def _load_data(config: RunConfig) -> tuple[list, list]:
+    from ssmtune.data import hold_out, load_examples
+
+    data = config.data
+    if data.path is None:
+        raise ConfigError("data.path is not set.\n  Give the training examples with --data FILE.")
+    examples = load_examples(data.path, data.template, data.target, split=data.split, limit=data.limit)
+    if data.dev_path is None:
+        return hold_out(examples, data.dev_fraction, config.train.seed)
+    return examples, load_examples(data.dev_path, data.template, data.target, split=data.split)
 
 
 def _resolve(args: argparse.Namespace) -> RunConfig:
@@ -166,7 +179,7 @@ def _print_plan(config: RunConfig, method, model, tokenizer, train_examples, dev
     data = encode_all(tokenizer, train_examples, config.data.max_length)
     longest = max(len(item.input_ids) for item in data.items)
     estimate = estimate_bytes(model, config.train.batch_size, longest, config.train.gradient_checkpointing)
-    per_step = config.train.batch_size * config.train.accumulation
+    per_step = config.train.batch_size * config.train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     passes = config.train.steps * per_step / len(data)
     rows = [
         ("model", config.model),

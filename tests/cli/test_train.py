@@ -177,3 +177,19 @@ def test_full_fine_tuning_leaves_a_model(command, tmp_path, capsys):
     assert (out / "model/model.safetensors").is_file() and (out / "model/tokenizer.json").is_file()
     assert main(["generate", str(out), "--prompt", "number 3 is", "--max-new-tokens", "2"]) == 0
     assert main(["generate", str(out), "--base", "--prompt", "number 3 is", "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(command, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541", "-m"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*torchrun, "ssmtune", *command, "--out", str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done     6 steps") == 1 and "steps    6 of 4 examples" in done.stdout
+    assert main([*command, "--train.batch_size", "4", "--out", str(tmp_path / "one"), "--quiet"]) == 0
+    results = [json.loads((tmp_path / name / "summary.json").read_text())["result"] for name in ("one", "two")]
+    for key in ("train_loss", "dev_loss"):
+        assert results[1][key] == pytest.approx(results[0][key], rel=1e-6)
