@@ -50,7 +50,7 @@ clean:
 
 $(VENV)/.requirements: requirements/test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "$(PYTHON) is $$($(PYTHON) --version), ssmtune needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+		{ echo "$(PYTHON) is not Python 3.10 or newer; name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q $(TORCH)
 	$(VENV)/bin/python -m pip install -q -r requirements/test.txt

@@ -57,8 +57,4 @@ if (_checkout / "triton_kernels").is_dir() and (_checkout / "setup.py").is_file(
     __path__.append(str(_checkout))
 
 if os.environ.get("SSMTUNE_LAZY", "0") in ("", "0") and not _is_command_line():
-    try:
-        import_module("ssmtune.tuners")
-    except ModuleNotFoundError as error:
-        if error.name != "ssmtune.tuners":
-            raise
+    import_module("ssmtune.tuners")

@@ -9,7 +9,10 @@ import platform
 import shutil
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+
+from ssmtune import __version__
 
 EXAMPLES = """\
 examples:
@@ -20,6 +23,9 @@ examples:
 
 PACKAGES = ("torch", "transformers", "peft", "triton", "numpy", "mamba_ssm", "causal_conv1d")
 OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d")
+NO_TORCH = (
+    "not built: torch is not installed\n  Run `pip install torch`, then install ssmtune again to build the kernels."
+)
 REMEDIES = {
     "c++": "apt install g++, or set CXX to a compiler",
     "cmake": "pip install cmake",
@@ -52,9 +58,23 @@ def collect() -> dict:
         A dictionary of plain values: versions, platform, cpu, threads, devices, native, backends (for each operator,
         each backend's reason for not being available or None), variables.
     """
+    report = {
+        "ssmtune": __version__,
+        "installed_at": str(Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+    }
+    if find_spec("torch") is None:
+        native = {"loaded": False, "capability": None, "why_not": NO_TORCH, "build_tools": _build_tools()}
+        return {**report, "threads": None, "cuda": None, "devices": [], "native": native, "backends": {}}
+
     import torch
 
-    from ssmtune import __version__, native
+    from ssmtune import native
     from ssmtune.ops import available_backends
 
     devices = []
@@ -65,13 +85,7 @@ def collect() -> dict:
                 f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
             )
     return {
-        "ssmtune": __version__,
-        "installed_at": str(Path(native.__file__).parent),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count(),
+        **report,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "devices": devices,
@@ -82,7 +96,6 @@ def collect() -> dict:
             "build_tools": _build_tools(),
         },
         "backends": {operator: available_backends(operator) for operator in OPERATORS},
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
 
 
@@ -95,12 +108,13 @@ def render(report: dict) -> str:
         ("python", report["python"]),
         ("platform", report["platform"]),
         *packages.items(),
-        ("cpu", f"{report['cpu']}, {report['cpu_count']} logical cores, {report['threads']} threads"),
-        ("cuda", f"{report['cuda']}" if report["cuda"] else "none (torch is built without it)"),
-        *[(f"device {index}", device) for index, device in enumerate(report["devices"])],
+        ("cpu", f"{report['cpu']}, {report['cpu_count']} logical cores"),
     ]
-    if not report["devices"]:
-        rows.append(("devices", "cpu only"))
+    if report["packages"]["torch"]:
+        rows.append(("threads", str(report["threads"])))
+        rows.append(("cuda", report["cuda"] or "none (torch is built without it)"))
+        devices = report["devices"] or ["none, the CPU is used"]
+        rows += [("gpu", device) for device in devices]
     if native["loaded"]:
         rows.append(("kernels", f"compiled, running {native['capability']} instructions"))
     else:

@@ -62,3 +62,18 @@ def test_without_native(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "switched off by SSMTUNE_NO_NATIVE" in done.stdout
     assert "SSMTUNE_NO_NATIVE" in done.stdout
+
+
+def test_without_torch(tmp_path):
+    # -S: no site-packages, the standard library alone
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "ssmtune", "env"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed" in done.stdout
+    assert "pip install torch" in done.stdout
