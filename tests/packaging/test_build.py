@@ -45,7 +45,7 @@ def test_automatic_build_without_tools_goes_on(tmp_path):
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs cmake and a C++ compiler")
 @pytest.mark.parametrize("mode", ["auto", "require"])
 def test_source_that_does_not_compile(mode, tmp_path):
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "ops.cpp").write_text("int f( {")
