@@ -30,8 +30,7 @@ def load_task(
         seed: which examples a limit keeps.
 
     Raises:
-        ConfigError: there is no such task; names the nearest.
-        ValueError: `data_dir` is missing or lacks files.
+        ConfigError: there is no such task (names the nearest), or `data_dir` is missing or lacks files.
     """
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}{nearest(name, TASKS)}.\n  Tasks: {', '.join(TASKS)}.")

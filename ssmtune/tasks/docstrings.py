@@ -156,7 +156,7 @@ def package_task(root: Path | None = None) -> ChoiceTask:
 
 
 def _package_example(text: str, package: str) -> Example:
-    return Example(prompt=f"{text}\nPackage:", target=f" {package}")
+    return Example(prompt=f"{text} Package:", target=f" {package}")
 
 
 def continuation_task(root: Path | None = None) -> ContinuationTask:

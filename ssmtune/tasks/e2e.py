@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from ssmtune.config import ConfigError
 from ssmtune.data import Example
 from ssmtune.tasks.generation import GenerationTask
 
@@ -26,10 +27,10 @@ def e2e_task(data_dir: str | Path | None) -> GenerationTask:
     references.
 
     Raises:
-        ValueError: there is no `data_dir`, or it lacks files; names them.
+        ConfigError: there is no `data_dir`, or it lacks files; names them.
     """
     if data_dir is None:
-        raise ValueError(
+        raise ConfigError(
             f"task e2e reads its data from disk, and no --data-dir was given.\n"
             f"  Give the folder of {', '.join(FILES.values())}, or e2e-dataset.zip.\n  {WHERE}"
         )
@@ -47,11 +48,11 @@ def e2e_task(data_dir: str | Path | None) -> GenerationTask:
 def _read_files(path: Path) -> dict[str, tuple[str, str]]:
     """Split -> (file name, text)."""
     if not path.exists():
-        raise ValueError(f"task e2e: --data-dir {path} does not exist.\n  {WHERE}")
+        raise ConfigError(f"task e2e: --data-dir {path} does not exist.\n  {WHERE}")
     found: dict[str, str] = {}
     if path.is_file():
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"task e2e: {path} is neither a folder nor a zip file.\n  {WHERE}")
+            raise ConfigError(f"task e2e: {path} is neither a folder nor a zip file.\n  {WHERE}")
         with zipfile.ZipFile(path) as archive:
             for member in sorted(archive.namelist(), reverse=True):
                 found[PurePosixPath(member).name] = archive.read(member).decode("utf-8-sig")
@@ -64,7 +65,7 @@ def _read_files(path: Path) -> dict[str, tuple[str, str]]:
             if file := next((file for file in candidates if file.is_file()), None):
                 found[name] = file.read_text(encoding="utf-8-sig")
     if missing := [name for name in FILES.values() if name not in found]:
-        raise ValueError(f"task e2e: {path} lacks {', '.join(missing)}.\n  {WHERE}")
+        raise ConfigError(f"task e2e: {path} lacks {', '.join(missing)}.\n  {WHERE}")
     return {split: (name, found[name]) for split, name in FILES.items()}
 
 
@@ -72,7 +73,7 @@ def _read_pairs(text: str, name: str) -> list[tuple[str, str]]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     columns = {column.lower(): column for column in rows.fieldnames or ()}
     if not {"mr", "ref"} <= set(columns):
-        raise ValueError(f"task e2e: {name} has the columns {list(columns)}, expected mr and ref.\n  {WHERE}")
+        raise ConfigError(f"task e2e: {name} has the columns {list(columns)}, expected mr and ref.\n  {WHERE}")
     return [(row[columns["mr"]].strip(), " ".join(row[columns["ref"]].split())) for row in rows]
 
 
@@ -88,7 +89,7 @@ def _example(meaning: str, references: tuple[str, ...]) -> Example:
 
 
 def prompt(meaning: str) -> str:
-    """`name[The Mill], area[riverside]` as a line of facts and the beginning of the answer."""
+    """`name[The Mill], area[riverside]` as facts and the beginning of the answer."""
     slots = re.findall(r"([^,\[\]][^\[\]]*)\[([^\]]*)\]", meaning)
     facts = "; ".join(f"{slot.strip()} is {value.strip()}" for slot, value in slots)
-    return f"Facts: {facts}\nIn words:"
+    return f"Facts: {facts}. In words:"

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ssmtune.config import ConfigError
 from ssmtune.data import load_examples
 from ssmtune.tasks.continuation import ContinuationTask
 
@@ -16,10 +17,10 @@ def files_task(data_dir: str | Path | None) -> ContinuationTask:
     `data_dir` holds train, dev (or validation) and test, each a .jsonl, .csv or .tsv file with those two columns.
 
     Raises:
-        ValueError: there is no `data_dir`, or it lacks files; names them.
+        ConfigError: there is no `data_dir`, or it lacks files; names them.
     """
     if data_dir is None:
-        raise ValueError(
+        raise ConfigError(
             "task files reads its data from disk, and no --data-dir was given.\n"
             "  Give a folder with train.jsonl, dev.jsonl and test.jsonl (or .csv), with columns prompt and completion."
         )
@@ -28,7 +29,7 @@ def files_task(data_dir: str | Path | None) -> ContinuationTask:
         candidates = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
         found[split] = next((file for file in candidates if file.is_file()), None)
     if missing := [f"{split}.jsonl" for split, file in found.items() if file is None]:
-        raise ValueError(
+        raise ConfigError(
             f"task files: {folder} lacks {', '.join(missing)} (or .csv).\n"
             "  Each file has the columns prompt and completion. Hold out dev and test examples from your training file."
         )

@@ -33,7 +33,7 @@ def folder(tmp_path):
 def test_e2e_pairs_train_and_groups_the_rest(folder):
     task = load_task("e2e", folder)
     assert task.sizes() == {"train": 2, "dev": 2, "test": 1}
-    assert task.train[0].prompt == "Facts: name is The Mill; area is riverside\nIn words:"
+    assert task.train[0].prompt == "Facts: name is The Mill; area is riverside. In words:"
     assert task.train[1].target == " Try The Mill."
     assert task.dev[0].references == ("Zizzi exists.", "There is Zizzi.")
 
@@ -60,7 +60,7 @@ def test_e2e_names_what_is_missing(folder, tmp_path):
 
 def test_prompt_names_every_slot():
     said = prompt("name[A, b], customer rating[5 out of 5]")
-    assert said == "Facts: name is A, b; customer rating is 5 out of 5\nIn words:"
+    assert said == "Facts: name is A, b; customer rating is 5 out of 5. In words:"
 
 
 def test_bleu_and_rouge_are_the_packages_own_output(tmp_path):
@@ -97,7 +97,7 @@ def test_evaluate_compares_one_line_with_all_references(folder, monkeypatch):
     said = {"name is Zizzi": " There is Zizzi.\nFacts: more", "name is Aromi": " Aromi, a place."}
     monkeypatch.setattr(
         "ssmtune.generation.generate_texts",
-        lambda model, tokenizer, prompts, **options: [said[p.split("\n")[0].removeprefix("Facts: ")] for p in prompts],
+        lambda model, tokenizer, prompts, **options: [said[p.split(". ")[0].removeprefix("Facts: ")] for p in prompts],
     )
     assert task.evaluate(None, None, task.dev) == {"bleu": pytest.approx(100), "rouge_l": pytest.approx(100)}
 

@@ -1,0 +1,182 @@
+"""How the runs of a comparison are made: train one method once on one task, and measure what came of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ssmtune.cells import Cell
+from ssmtune.config import EvalConfig, TrainConfig
+from ssmtune.data import Collator, encode_all
+from ssmtune.generation import pad_id, target_log_likelihood
+from ssmtune.methods import apply_method, get_method
+from ssmtune.prechecks import run_prechecks, text_logits
+from ssmtune.run_directory import whole_folder, write_json
+from ssmtune.tasks.task import Task
+from ssmtune.training import parameter_counts, save_weights, train
+
+if TYPE_CHECKING:
+    from ssmtune.comparison import ComparisonConfig
+
+DECODED_TOKENS = 32
+PRECHECK_EXAMPLES = 4
+EVALUATION_BATCH = 32
+
+
+class TaskRuns:
+    """Runs on one task. Each starts from a copy of the base model, which stays as it is."""
+
+    def __init__(self, task: Task, base: nn.Module, tokenizer, config: ComparisonConfig, out: Path, progress):
+        self.task, self.base, self.tokenizer = task, base, tokenizer
+        self.config, self.out, self.progress = config, out, progress
+        self.checks: dict[str, list[dict[str, Any]]] = {}
+        sample = encode_all(tokenizer, task.train[:PRECHECK_EXAMPLES], task.max_length)
+        self.batch = Collator(pad_id(tokenizer))(sample.items)
+        self.prompts = [example.prompt for example in task.dev[:2]]
+        # What decides a result besides its cell and the weights of the base.
+        self.conditions = {
+            "task": task.fingerprint(), "max_length": task.max_length, "batch_size": config.batch_size,
+            "warmup": config.warmup, "evaluations": config.evaluations,
+        }
+
+    def cost(self, cell: Cell) -> float:
+        """Work in forward passes of one token, for the estimate of the time that is left; a step costs three."""
+        task = self.task
+        evaluations = self.config.evaluations if cell.stage == "final" else 1
+        scored = 0 if cell.stage == "search" else len(task.dev) + len(task.test)
+        passes = 3 if task.choices else 1 + 8 * task.max_new_tokens / self._tokens_per_example
+        trained = 3 * cell.steps * self.config.batch_size
+        return self._tokens_per_example * (trained + len(task.dev) * evaluations + scored * passes)
+
+    @cached_property
+    def _tokens_per_example(self) -> float:
+        sample = encode_all(self.tokenizer, self.task.train[:200], self.task.max_length)
+        return sample.tokens / len(sample)
+
+    @cached_property
+    def _base_logits(self):
+        return text_logits(self.base, self.batch)
+
+    def measure_base(self) -> dict[str, Any]:
+        """The record of the model as it is."""
+        dev = self.task.dev
+        scores = target_log_likelihood(
+            self.base, self.tokenizer, [example.prompt for example in dev], [example.target for example in dev],
+            EVALUATION_BATCH, max_length=self.task.max_length, add_eos=True,
+        )
+        train_info = {
+            "num_trainable_params": 0,
+            "num_total_params": parameter_counts(self.base)[1],
+            "dev_loss": -sum(score.log_likelihood for score in scores) / max(1, sum(score.tokens for score in scores)),
+            "decode_ms_per_token": decoding_milliseconds(self.base, self.tokenizer, self.prompts[0]),
+        }
+        return {"train_info": train_info, "metrics": self._metrics(self.base)}
+
+    def train(self, cell: Cell) -> dict[str, Any]:
+        """The record of one training run; a final one is measured on test, and its weights kept if they are best."""
+        config, task = self.config, self.task
+        model = apply_method(copy.deepcopy(self.base), cell.method, seed=cell.seed)
+        checks = self._checked(cell.method, model)
+        settings = TrainConfig(
+            steps=cell.steps, batch_size=config.batch_size, lr=cell.lr, warmup=config.warmup, seed=cell.seed,
+            log_every=max(1, cell.steps // 20),
+        )
+        evaluations = config.evaluations if cell.stage == "final" else 1
+        result = train(
+            model, self.tokenizer, task.train, task.dev, settings, None, max_length=task.max_length,
+            evaluation=EvalConfig(every=math.ceil(cell.steps / evaluations), batch_size=EVALUATION_BATCH, samples=0),
+            callbacks=[self.progress.callback(cell)], progress=False,
+        )
+        train_info = {
+            "steps": result.steps, "train_time": result.seconds, "tokens_per_second": result.tokens_per_second,
+            "train_loss": result.train_loss, "dev_loss": result.dev_loss, "curve": result.curve,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "num_trainable_params": result.trainable_parameters, "num_total_params": result.total_parameters,
+        }
+        record = {"train_config": asdict(settings), "checks": checks, "train_info": train_info}
+        if cell.stage == "final":
+            record["metrics"] = self._metrics(model)
+            train_info["decode_ms_per_token"] = decoding_milliseconds(model, self.tokenizer, self.prompts[0])
+            train_info["file_size"] = self._keep_if_best(model, cell, result.dev_loss)
+        return record
+
+    def _metrics(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        return {
+            split: self.task.evaluate(model, self.tokenizer, examples, EVALUATION_BATCH)
+            for split, examples in (("dev", self.task.dev), ("test", self.task.test))
+        }
+
+    def _checked(self, method: str, model: nn.Module) -> list[dict[str, Any]]:
+        """The pre-checks of a method, made once."""
+        if method not in self.checks:
+            checks = run_prechecks(
+                model, self.tokenizer, get_method(method), self.batch, self.prompts, self._base_logits
+            )
+            self.checks[method] = [asdict(check) for check in checks]
+            for check in checks:
+                if check.passed is False:
+                    self.progress.note(f"warning: {method} fails the check of its {check.name}: {check.detail}")
+        return self.checks[method]
+
+    def _keep_if_best(self, model: nn.Module, cell: Cell, dev_loss: float | None) -> int:
+        """Save the weights, keep them unless another seed's have a lower dev loss, and return their size in bytes."""
+        folder = self.out / "adapters" / cell.task / cell.method
+        mark = {"lr": cell.lr, "seed": cell.seed, "steps": cell.steps, "dev_loss": dev_loss}
+        with tempfile.TemporaryDirectory(prefix="ssmtune-") as scratch:
+            save_weights(model, Path(scratch))
+            size = sum(file.stat().st_size for file in Path(scratch).glob("*.safetensors"))
+            if _is_better(mark, folder / "cell.json"):
+                with whole_folder(folder) as partial:
+                    shutil.copytree(scratch, partial, dirs_exist_ok=True)
+                    if get_method(cell.method).kind == "full":
+                        self.tokenizer.save_pretrained(partial)
+                    write_json(partial / "cell.json", mark)
+        return size
+
+
+def _is_better(mark: Mapping[str, Any], file: Path) -> bool:
+    """Whether the run of `mark` should replace the one that `file` describes, if any."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    if any(kept.get(key) != mark[key] for key in ("lr", "steps")) or kept.get("seed") == mark["seed"]:
+        return True
+    if mark["dev_loss"] is None:
+        return False
+    return kept.get("dev_loss") is None or mark["dev_loss"] < kept["dev_loss"]
+
+
+def decoding_milliseconds(model: nn.Module, tokenizer, prompt: str, tokens: int = DECODED_TOKENS) -> float:
+    """Median wall time per token of greedy decoding of one text, the reading of the prompt included."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in tokenizer(prompt, return_tensors="pt").items()}
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+
+    def decode(count: int) -> None:
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        model.generate(**inputs, **length, do_sample=False, pad_token_id=pad_id(tokenizer))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    model.eval()
+    decode(2)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        decode(tokens)
+        times.append((time.perf_counter() - began) / tokens * 1e3)
+    return statistics.median(times)

@@ -1,0 +1,160 @@
+"""`ssmtune compare`: train several methods on the same budget and report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ssmtune.comparison import ComparisonConfig
+from ssmtune.config import ConfigError, nearest
+from ssmtune.tasks import TASKS
+
+EXAMPLES = """\
+examples:
+  ssmtune compare mamba-5m --preset demo --out runs/demo
+  ssmtune compare mamba-5m --task docstring-package --methods lora,state-offset --seeds 5 --steps 500
+  ssmtune compare mamba-5m --task e2e --data-dir data/e2e --limit train=8000,dev=200,test=200 --out runs/e2e
+  ssmtune compare --report-only runs/demo
+
+tasks:
+{tasks}
+
+Every method gets the same steps, batches and data order, and a learning-rate search of the same size around its own
+default rate. Stopped by Ctrl-C or a crash, the same command goes on where it was; methods, seeds and tasks can be added
+to a finished comparison. The report is made of the stored results alone.
+
+exit status: 0 done, 1 no method could be trained, 2 wrong usage or configuration, 130 interrupted
+"""
+
+# The whole sweep takes a few minutes on two CPU cores.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "steps": 100, "search_steps": 30, "seeds": 2, "batch_size": 16, "lr_factors": [1 / 3, 1.0, 3.0],
+        "limit": {"dev": 64, "test": 256}, "evaluations": 4,
+    },
+}
+
+
+def add_parser(subparsers) -> None:
+    listed = "\n".join(f"  {name:<24}{text}" for name, text in TASKS.items())
+    parser = subparsers.add_parser(
+        "compare",
+        help="train several methods on the same budget and report",
+        description="Train several methods with the same number of steps and the same search for a learning rate.",
+        epilog=EXAMPLES.format(tasks=listed),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    config = ComparisonConfig()
+    parser.add_argument("model", nargs="?", help="a built-in name, a local directory or a hub name (default: mamba-5m)")
+    parser.add_argument("--task", metavar="T", help="tasks, separated by commas (default: docstring-package)")
+    parser.add_argument("--data-dir", metavar="DIR", help="the files of tasks that read any")
+    parser.add_argument("--methods", metavar="M,M", help=f"default: {','.join(config.methods)}")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"final runs per method (default: {config.seeds})")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"steps of a final run (default: {config.steps})")
+    parser.add_argument("--search-steps", type=int, metavar="N", help="steps of a search run (default: --steps / 3)")
+    parser.add_argument("--search-seeds", type=int, metavar="N", help="runs per rate in the search (default: 1)")
+    parser.add_argument(
+        "--lr-grid", metavar="F,F",
+        help="factors on each method's default learning rate (default: 0.333,1,3); a single one: no search",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"examples per step (default: {config.batch_size})")
+    parser.add_argument("--warmup", type=float, metavar="X", help=f"share of the steps (default: {config.warmup})")
+    parser.add_argument("--evaluations", type=int, metavar="N", help="dev losses along a final run (default: 5)")
+    parser.add_argument("--limit", metavar="N", help="at most N examples per split, or train=N,dev=N,test=N")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="a budget: demo takes minutes on two CPU cores")
+    parser.add_argument("--out", metavar="DIR", help="directory of the comparison (default: runs/compare-MODEL)")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh if --out holds a comparison")
+    parser.add_argument("--report-only", metavar="DIR", help="write the report of DIR again, and train nothing")
+    parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the report at the end")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.report_only is not None:
+        return _report(Path(args.report_only))
+    config = resolve(args)
+    config.check()
+    out = Path(args.out or f"runs/compare-{Path(config.model).name}")
+
+    import transformers
+
+    from ssmtune.cli.train import backend_for
+    from ssmtune.comparison import run_comparison
+    from ssmtune.sweep_progress import SweepProgress
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with backend_for(args.backend):
+            run_comparison(config, out, overwrite=args.overwrite, progress=SweepProgress(enabled=not args.quiet))
+    except KeyboardInterrupt:
+        again = shlex.join(argument for argument in sys.argv[1:] if argument != "--overwrite")
+        print(f"\nssmtune: interrupted; finished runs are kept in {out}\n  To go on: ssmtune {again}", file=sys.stderr)
+        return 130
+    return _report(out)
+
+
+def resolve(args: argparse.Namespace) -> ComparisonConfig:
+    """The configuration: the defaults, the preset over them, the flags over both."""
+    values: dict[str, Any] = dict(PRESETS[args.preset]) if args.preset else {}
+    flags = {
+        "model": args.model, "data_dir": args.data_dir, "seeds": args.seeds, "steps": args.steps,
+        "search_steps": args.search_steps, "search_seeds": args.search_seeds, "batch_size": args.batch_size,
+        "warmup": args.warmup, "evaluations": args.evaluations,
+        "tasks": _names(args.task), "methods": _names(args.methods),
+        "lr_factors": _numbers(args.lr_grid), "limit": _limit(args.limit),
+    }
+    values |= {key: value for key, value in flags.items() if value is not None}
+    return dataclasses.replace(ComparisonConfig(), **values)
+
+
+def _report(out: Path) -> int:
+    from ssmtune.report import print_report, write_report
+
+    report = write_report(out)
+    print_report(report)
+    files = [report.markdown, report.html, report.table, *report.pictures[:1]]
+    print(f"report   {', '.join(map(str, files[:3]))}" + (f", {files[3].parent}/" if len(files) > 3 else ""))
+    done = False
+    for task in report.summary.tasks:
+        folders = [out / "adapters" / task.name / row.name for row in task.ranked()]
+        best = next((folder for folder in folders if folder.is_dir()), None)
+        if best is not None and not done:
+            done = True
+            print(f"next     ssmtune generate {shlex.quote(str(best))} --prompt {shlex.quote(task.example)}")
+    if not done and report.summary.runs:
+        print("ssmtune: no method could be trained; the first errors are above", file=sys.stderr)
+    return 0 if done else 1
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"--lr-grid: expected numbers such as 0.333,1,3, got {text!r}.") from None
+
+
+def _limit(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    limit: dict[str, int] = {}
+    splits = ("train", "dev", "test")
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        if not number.strip().isdigit() or int(number) < 1 or (name.strip() or "all") not in ("all", *splits):
+            raise ConfigError(
+                f"--limit: {part.strip()!r} is not understood{nearest(name.strip(), splits) if name else ''}.\n"
+                "  Give a number for every split, or train=N,dev=N,test=N."
+            )
+        limit |= dict.fromkeys(splits if not name else [name.strip()], int(number))
+    return limit
