@@ -177,3 +177,22 @@ def test_everything_runs_without_compiled_kernels():
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("switched off by SSMTUNE_NO_NATIVE")
     assert "correct but much slower" in done.stderr
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu():
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2, 16, 5, device="cuda", generator=generator, requires_grad=True)
+    A, B = -torch.ones(16, 4, device="cuda"), torch.randn(2, 4, 5, device="cuda", generator=generator)
+    assert choose(device=torch.device("cuda")) == "reference"
+    assert choose("selective_state_update", device=torch.device("cuda")) == "triton"
+    out = ssmtune.selective_scan(x, x, A, B, B, delta_softplus=True)
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+    state = torch.zeros(2, 16, 4, device="cuda")
+    with torch.no_grad():
+        steps = [
+            ssmtune.selective_state_update(state, x[:, :, t], x[:, :, t], A, B[:, :, t], B[:, :, t], dt_softplus=True)
+            for t in range(5)
+        ]
+    torch.testing.assert_close(torch.stack(steps, dim=2), out, rtol=1e-5, atol=1e-5)

@@ -74,7 +74,7 @@ def test_offsets_alone_skip_the_backward_scan(scan_inputs, backend, spied, train
         x.requires_grad_()
     run(expected, backend)[0].sum().backward()
     for name in trained:
-        torch.testing.assert_close(inputs[name].grad, expected[name].grad, rtol=1e-4, atol=1e-4)
+        assert_close(f"d{name}", expected[name].grad, inputs[name].grad, 2e-6)
 
 
 def test_no_gradient_through_out_gives_zero_or_none(scan_inputs, backend):
@@ -155,20 +155,27 @@ def test_layout_is_kept_and_nothing_copied(scan_inputs, native_kernels, monkeypa
         assert (x.transpose(1, 2) if layout.startswith("last") else x).is_contiguous(), name
 
 
-def test_odd_strides(scan_inputs, backend):
-    expected = run(scan_inputs(2, 5, 1, 4), backend)
-    inputs = scan_inputs(2, 5, 1, 4)
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 4), (2, 5, 1, 4), (2, 1, 6, 4)], ids=str)
+def test_odd_strides(scan_inputs, backend, sizes):
     # an axis of size 1 may have any stride, and counts as contiguous with it
-    inputs["u"] = torch.zeros(2, 5, 9, 7)[:, :, 0, 3:4].copy_(inputs["u"]).as_strided((2, 5, 1), (315, 63, 11))
-    inputs["u"].copy_(scan_inputs(2, 5, 1, 4)["u"])
-    assert 1 not in inputs["u"].stride()
-    # rows that share memory
-    inputs["z"] = inputs["z"][:1].expand(2, -1, -1)
-    plain = scan_inputs(2, 5, 1, 4)
-    plain["z"] = inputs["z"].clone()
-    actual, expected = run(inputs, backend), run(plain, backend)
-    for a, b in zip(actual, expected, strict=True):
+    batch, dim, seqlen, _ = sizes
+    inputs = scan_inputs(*sizes)
+    expected = run(inputs, backend)
+    strides = {"u": (1, 7, 9), "delta": (dim * seqlen, seqlen, 9 if seqlen == 1 else 1)}
+    if dim * seqlen > 1:
+        strides["u"] = (60, 11, 3)
+    for name, stride in strides.items():
+        inputs[name] = torch.zeros(500).as_strided((batch, dim, seqlen), stride).copy_(inputs[name])
+    for a, b in zip(run(inputs, backend), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_rows_that_share_memory(scan_inputs, backend):
+    inputs = scan_inputs(*SIZES)
+    inputs["z"] = inputs["z"][:1].expand(2, -1, -1)
+    expected = run(inputs | {"z": inputs["z"].clone()}, backend)
+    for name, a, b in zip(("out", "last_state"), expected, run(inputs, backend), strict=True):
+        assert_close(name, a, b, 1e-6)
 
 
 def test_gradient_that_is_expanded(scan_inputs, backend):
