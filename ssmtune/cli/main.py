@@ -37,13 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     subparsers = parser.add_subparsers(dest="verb", metavar="<command>", required=True, title="commands")
     for verb in VERBS:
-        try:
-            module = import_module(f"ssmtune.cli.{verb}")
-        except ModuleNotFoundError as error:
-            if error.name != f"ssmtune.cli.{verb}":
-                raise
-            continue
-        module.add_parser(subparsers)
+        import_module(f"ssmtune.cli.{verb}").add_parser(subparsers)
         subparsers.choices[verb].add_argument(
             "--debug", action="store_true", help="show the traceback of an error instead of its message alone"
         )
@@ -68,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ssmtune: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if args.debug or package in ("", "ssmtune"):
+            raise
+        print(f"ssmtune: error: {error.name} is not installed.\n  Run `pip install {package}`.", file=sys.stderr)
+        return 1
     except (OSError, RuntimeError, ValueError) as error:
         if args.debug:
             traceback.print_exc()

@@ -87,6 +87,17 @@ def test_errors_become_a_message_and_a_status(error, status, monkeypatch, capsys
     assert printed.err.count("\n") == str(error).count("\n") + 1
 
 
+def test_missing_package_comes_with_a_remedy(monkeypatch, capsys):
+    def fail(args):
+        raise ModuleNotFoundError("No module named 'sacrebleu.metrics'", name="sacrebleu.metrics")
+
+    monkeypatch.setattr(env, "run", fail)
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == (
+        "ssmtune: error: sacrebleu.metrics is not installed.\n  Run `pip install sacrebleu`.\n"
+    )
+
+
 def test_debug_shows_the_traceback(monkeypatch, capsys):
     def fail(args):
         raise ValueError("A has shape (1,)")
