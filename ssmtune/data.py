@@ -283,6 +283,8 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from ssmtune.hub import cache_alone_if_unreachable
+
     try:
         import datasets
     except ImportError:
@@ -291,7 +293,8 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             "  Check --data.path, or run: pip install datasets"
         ) from None
     try:
-        rows = datasets.load_dataset(name, split=split)
+        with cache_alone_if_unreachable():
+            rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.config import ConfigError, nearest
+from ssmtune.hub import cache_alone_if_unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def load_model(name: str, dtype: str | torch.dtype | None = None) -> tuple[nn.Mo
         dtype = getattr(torch, dtype)
     options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        with no_progress_bars():
+        with no_progress_bars(), nullcontext() if Path(place).is_dir() else cache_alone_if_unreachable():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype or torch.float32, use_safetensors=True, **options
