@@ -68,14 +68,14 @@ def _divide(pairs: Iterable[tuple[float | None, float | None]]) -> list[float]:
     return [above / below for above, below in pairs if above is not None and below]
 
 
-def _against(direction: str, *peers: str) -> Callable[[Run], list[float]]:
+def _against(direction: str, *peers: str, variant: str = "default") -> Callable[[Run], list[float]]:
     def ratios(run: Run) -> list[float]:
         pairs = []
         for peer in peers:
-            variant = "channels-first" if peer == "plain C++" else "default"
             for sizes, threads in run.settings("cpu", peer):
-                ours = run.time(direction, "cpu", sizes, threads)
-                pairs.append((run.time(direction, peer, sizes, threads, variant), ours))
+                ours = run.time(direction, "cpu", sizes, threads, variant)
+                theirs = "channels-first" if peer == "plain C++" else variant
+                pairs.append((run.time(direction, peer, sizes, threads, theirs), ours))
         return _divide(pairs)
 
     return ratios
@@ -105,20 +105,27 @@ def _two_threads(run: Run) -> list[float]:
     )
 
 
-def _slopes(run: Run) -> list[float]:
-    """d log(time) / d log(seqlen) by least squares: 1 is linear, 2 is quadratic."""
-    slopes = []
-    for direction in ("fwd", "fwdbwd"):
-        points = [
-            (log(sizes[2]), log(time))
-            for sizes, threads in run.settings("cpu")
-            if sizes[:2] == (1, 1536) and threads == 1 and (time := run.time(direction, "cpu", sizes, 1))
-        ]
-        if max((x for x, _ in points), default=0) < log(65_536):
-            continue
-        mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
-        slopes.append(sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points))
-    return slopes
+def _growth(variant: str) -> Callable[[Run], list[float]]:
+    """d log(time) / d log(seqlen) by least squares, forward and forward + backward: 1 is linear, 2 is quadratic."""
+
+    def exponents(run: Run) -> list[float]:
+        found = []
+        for direction in ("fwd", "fwdbwd"):
+            points = [
+                (log(sizes[2]), log(time))
+                for sizes, threads in run.settings("cpu")
+                if sizes[:2] == (1, 1536) and threads == 1 and (time := run.time(direction, "cpu", sizes, 1, variant))
+            ]
+            if max((x for x, _ in points), default=0) >= log(65_536):
+                found.append(_slope(points))
+        return found
+
+    return exponents
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 
 def _peak(run: Run) -> list[float]:
@@ -177,6 +184,16 @@ BARS = (
     Bar(SCAN, "forward, against plain C++ loops", _against("fwd", "plain C++"), at_least=4.5),
     Bar(SCAN, "forward + backward, against mambapy", _against("fwdbwd", "mambapy"), at_least=50),
     Bar(SCAN, "forward + backward, against the unbind loop", _against("fwdbwd", "unbind loop"), at_least=50),
+    Bar(
+        SCAN,
+        "memory kept: forward, against mambapy and the unbind loop",
+        _against("fwd", "mambapy", "unbind loop", variant="memory-kept"),
+    ),
+    Bar(
+        SCAN,
+        "memory kept: forward + backward, against mambapy and the unbind loop",
+        _against("fwdbwd", "mambapy", "unbind loop", variant="memory-kept"),
+    ),
     Bar(SCAN, "backward / forward", _backward_over_forward, at_most=2.2),
     Bar(SCAN, "two threads against one", _two_threads, at_least=1.8),
     Bar(SCAN, "channels-first / channels-last", _variant("channels-first", "fwd", "fwdbwd"), at_most=1.3),
@@ -185,7 +202,8 @@ BARS = (
     Bar(SCAN, "state offset / none, forward + backward", _variant("state-offset", "fwdbwd"), at_most=1.1),
     Bar(SCAN, "initial state / none, forward", _variant("initial-state", "fwd"), at_most=1.1),
     Bar(SCAN, "initial state / none, forward + backward", _variant("initial-state", "fwdbwd"), at_most=1.1),
-    Bar(SCAN, "growth with seqlen, 512 to 65,536: exponent", _slopes, at_most=1.05, unit=""),
+    Bar(SCAN, "growth with seqlen, 512 to 65,536: exponent", _growth("default"), at_most=1.05, unit=""),
+    Bar(SCAN, "growth with seqlen, memory kept: exponent", _growth("memory-kept"), unit=""),
     Bar(SCAN, "peak memory of forward + backward", _peak, at_most=5, unit=" tensors"),
     Bar(SCAN, "error against float64 / that of PyTorch in float32", _errors, at_most=4),
     Bar(SCAN, "all gradients / those of frozen weights", _variant("full", "fwdbwd")),

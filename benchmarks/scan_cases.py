@@ -15,6 +15,9 @@ from benchmarks.shapes import FROZEN, FULL, ScanInputs, Shape, make_inputs
 OURS = ("cpu", "triton", "cuda", "reference")
 """Backends of ssmtune.selective_scan; every other backend of a spec is a peer."""
 
+SEQUENCES = ("out", "u", "delta", "z")
+"""Results of shape (batch, dim, seqlen)."""
+
 BLOCK_ELEMENTS = 2**24
 """States of a whole sequence that `expected` handles at once: 128 MiB in float64 for each tensor autograd saves."""
 
@@ -24,7 +27,7 @@ class Spec:
     """A case by name, so that another process can build it.
 
     `tags` are what differs from the default (channels-last, no state inputs, weights frozen): full, channels-first,
-    initial-state, state-offset, offset-only, avx2.
+    initial-state, state-offset, offset-only, and those of `worker.ENVIRONMENTS`.
     """
 
     shape: Shape
@@ -119,14 +122,16 @@ class ScanCase:
         self.results = []
         return measured
 
-    def values(self) -> tuple[dict[str, Tensor], float]:
+    def values(self, channels: slice | None = None) -> tuple[dict[str, Tensor], float]:
         start = time.perf_counter()
         for _ in self.run():
             pass
         seconds = time.perf_counter() - start
         results, self.results = self.results, []
-        named = zip(("out", *self.spec.wrt), results, strict=True)
-        return {name: value.cpu() for name, value in named}, seconds
+        named = dict(zip(("out", *self.spec.wrt), results, strict=True))
+        if channels is not None:
+            named = {name: value[:, channels] for name, value in named.items() if name in SEQUENCES}
+        return {name: value.cpu() for name, value in named.items()}, seconds
 
     def _wait(self) -> None:
         if self.spec.device != "cpu":
@@ -149,7 +154,7 @@ def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
     names = spec.wrt
     if channels is not None:
         inputs = inputs.channels(channels)
-        names = tuple(name for name in names if name in ("u", "delta", "z"))
+        names = tuple(name for name in names if name in SEQUENCES)
     batch, dim, seqlen = inputs.u.shape
     block = max(1, BLOCK_ELEMENTS // (batch * seqlen * spec.shape.dstate))
     blocks: dict[str, list[Tensor]] = {name: [] for name in ("out", *names)}
@@ -166,7 +171,7 @@ def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
 def _join(name: str, values: list[Tensor]) -> Tensor:
     if name in ("B", "C"):
         return torch.stack(values).sum(0)
-    return torch.cat(values, dim=1 if name in ("out", "u", "delta", "z") else 0)
+    return torch.cat(values, dim=1 if name in SEQUENCES else 0)
 
 
 def memory_probe(spec: Spec) -> Iterator[None]:

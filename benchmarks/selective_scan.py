@@ -5,24 +5,25 @@ with --quick it takes one small shape, needs half a minute and stores nothing.
 """
 
 import argparse
+import platform
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import results
-from benchmarks.capability import RemoteCase, Worker
 from benchmarks.measure import Disagreement, Summary, Times, Verified, interleave, peak_memory, verify
 from benchmarks.peers import PEERS, usable
 from benchmarks.scan_cases import OURS, ScanCase, Spec, expected, forget_inputs, memory_probe
 from benchmarks.shapes import LENGTHS, MAIN, MEMORY, QUADRATIC, QUICK, QUICK_LENGTHS, Shape
+from benchmarks.worker import ENVIRONMENTS, RemoteCase, Worker
 
 OP = "selective_scan"
 PARTS = ("shapes", "quadratic", "lengths", "memory")
-REMOTE_TAG = "avx2"
+KEPT = "memory-kept"
 VARIANTS = (
     ("fwd",),
     ("fwdbwd",),
@@ -55,8 +56,8 @@ class Settings:
 class Session:
     """Collects and prints the rows of one run."""
 
-    def __init__(self, settings: Settings, environment: results.Environment, worker: Worker | None):
-        self.settings, self.environment, self.worker = settings, environment, worker
+    def __init__(self, settings: Settings, environment: results.Environment, workers: dict[str, Worker]):
+        self.settings, self.environment, self.workers = settings, environment, workers
         self.rows: list[results.Row] = []
         self.wrong: list[Spec] = []
 
@@ -66,20 +67,21 @@ class Session:
         verified = self._verify(specs)
         for count in threads:
             torch.set_num_threads(count)
-            if self.worker:
-                self.worker.ask("threads", count)
+            for worker in self.workers.values():
+                worker.ask("threads", count)
             times = interleave(verified, self.settings.seconds, most=most)
             for entry, sample in zip(verified, times, strict=True):
                 self._record(entry, sample, count)
-        if self.worker:
-            self.worker.ask("forget")
+        for worker in self.workers.values():
+            worker.ask("forget")
         forget_inputs()
 
     def _verify(self, specs: Sequence[Spec]) -> list[Verified]:
         right: dict[Spec, dict[str, torch.Tensor]] = {}
         verified = []
         for spec in specs:
-            case = RemoteCase(self.worker, spec) if REMOTE_TAG in spec.tags else ScanCase(spec)
+            worker = next((self.workers[tag] for tag in spec.tags if tag in self.workers), None)
+            case = RemoteCase(worker, spec) if worker else ScanCase(spec)
             channels = None
             if spec.shape.seqlen > FULL_VERIFICATION:
                 channels = slice(0, None, max(1, spec.shape.dim // 4))
@@ -142,13 +144,14 @@ def measure_shapes(session: Session, shapes: Sequence[Shape]) -> None:
     settings = session.settings
     for shape in shapes:
         specs = [_ours(settings, shape, *variant) for variant in VARIANTS]
-        if session.worker:
-            specs += [_ours(settings, shape, direction, REMOTE_TAG) for direction in ("fwd", "fwdbwd")]
+        specs += [_ours(settings, shape, way, tag) for tag in session.workers for way in ("fwd", "fwdbwd")]
         for name in settings.peers:
-            tags = ("channels-first",) if name == "plain C++" else ()
-            specs.append(Spec(shape, "fwd", name, tags, settings.device))
-            if PEERS[name].linear_backward:
-                specs.append(Spec(shape, "fwdbwd", name, tags, settings.device))
+            linear = PEERS[name].linear_backward
+            variants = [("channels-first",) if name == "plain C++" else ()]
+            if linear and KEPT in session.workers:
+                variants.append((KEPT,))
+            for tags in variants:
+                specs += [Spec(shape, way, name, tags, settings.device) for way in ("fwd", "fwdbwd")[: 1 + linear]]
         if shape == shapes[0] and "unbind loop" in settings.peers:  # for its rounding errors of A, D and delta_bias
             specs.append(Spec(shape, "fwdbwd", "unbind loop", ("full",)))
         session.measure(specs, settings.threads)
@@ -166,7 +169,8 @@ def measure_quadratic(session: Session, shapes: Sequence[Shape]) -> None:
 def measure_lengths(session: Session, shapes: Sequence[Shape]) -> None:
     """Time against seqlen, ssmtune alone."""
     for shape in shapes:
-        specs = [_ours(session.settings, shape, direction) for direction in ("fwd", "fwdbwd")]
+        variants = [(), (KEPT,)] if KEPT in session.workers else [()]
+        specs = [_ours(session.settings, shape, way, *tags) for tags in variants for way in ("fwd", "fwdbwd")]
         session.measure(specs, session.settings.threads[:1], most=15)
 
 
@@ -218,8 +222,9 @@ def run(
         print(f"  left out: {name}: {why}")
     threads = (1, 2) if torch.get_num_threads() > 1 else (1,)
     settings = Settings(device, backend, threads, 0.05 if quick else 0.5, quick, tuple(there))
-    with _other_capability(backend) as worker:
-        session = Session(settings, environment, worker)
+    with ExitStack() as stack:
+        workers = {tag: stack.enter_context(Worker(ENVIRONMENTS[tag])) for tag in _environments(backend)}
+        session = Session(settings, environment, workers)
         for part in parts:
             print(part)
             _measure_part(session, part)
@@ -243,12 +248,14 @@ def _measure_part(session: Session, part: str) -> None:
         measure_memory(session, MAIN[0] if quick else MEMORY)
 
 
-def _other_capability(backend: str) -> Worker | nullcontext:
+def _environments(backend: str) -> list[str]:
+    """Tags of the worker processes that mean something here."""
     from ssmtune import native
 
-    if backend != "cpu" or native.cpu_capability() != "avx512":
-        return nullcontext()
-    return Worker(REMOTE_TAG)
+    if backend != "cpu":
+        return []
+    wider = ["avx2"] if native.cpu_capability() == "avx512" else []
+    return wider + ([KEPT] if platform.libc_ver()[0] == "glibc" else [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

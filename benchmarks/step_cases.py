@@ -125,7 +125,7 @@ class StepCase:
         self.logits = None
         return measured
 
-    def values(self) -> tuple[dict[str, Tensor], float]:
+    def values(self, channels: slice | None = None) -> tuple[dict[str, Tensor], float]:
         self.model.zero_grad(set_to_none=True)
         start = time.perf_counter()
         for _ in self.run():

@@ -11,6 +11,7 @@ from benchmarks.results import Row
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+KEPT = "memory-kept"
 PEERS = ("mambapy", "unbind loop", "transformers", "plain C++", "mamba_ssm")
 
 
@@ -47,18 +48,24 @@ def bar_table(rows: Iterable[Row]) -> str:
     )
 
 
-def scan_table(run: Run, ours: str) -> str:
-    """Milliseconds of the scan at each shape."""
-    peers = [peer for peer in PEERS if run.settings(peer)]
+def scan_table(run: Run, ours: str, variant: str = "default") -> str:
+    """Milliseconds of the scan at each shape, ssmtune and every peer that was timed in that variant."""
+    peers = [
+        peer
+        for peer in PEERS
+        if any(row.backend == peer and row.variant == _in_own_layout(peer, variant) for row in run.rows)
+    ]
     body = []
     for direction, title in (("fwd", "forward"), ("fwdbwd", "forward + backward")):
         for sizes, threads in _main_places(run, ours):
-            times = [run.time(direction, ours, sizes, threads)]
-            for peer in peers:
-                variant = "channels-first" if peer == "plain C++" else "default"
-                times.append(run.time(direction, peer, sizes, threads, variant))
+            times = [run.time(direction, ours, sizes, threads, variant)]
+            times += [run.time(direction, peer, sizes, threads, _in_own_layout(peer, variant)) for peer in peers]
             body.append((title, str(sizes), str(threads), *map(_number, times)))
     return markdown(("pass", "batch, dim, seqlen", "threads", "ssmtune", *peers), body)
+
+
+def _in_own_layout(peer: str, variant: str) -> str:
+    return "channels-first" if (peer, variant) == ("plain C++", "default") else variant
 
 
 def variant_table(run: Run, ours: str) -> str:
@@ -89,15 +96,14 @@ def quadratic_table(run: Run, ours: str) -> str:
 
 
 def length_table(run: Run, ours: str) -> str:
-    """Time against seqlen on one thread."""
-    places = [(sizes, threads) for sizes, threads in run.settings(ours) if sizes[:2] == (1, 1536) and threads == 1]
+    """Time of one step against seqlen, on one thread."""
     body = []
-    for sizes, threads in places:
-        times = [run.time(direction, ours, sizes, threads) for direction in ("fwd", "fwdbwd")]
-        if all(times):
-            per_step = [f"{1e3 * time / sizes[2]:.2f}" for time in times]
-            body.append((f"{sizes[2]:,}", *map(_number, times), *per_step))
-    return markdown(("seqlen", "forward, ms", "fwd + bwd, ms", "forward, us a step", "fwd + bwd, us a step"), body)
+    for sizes, threads in run.settings(ours):
+        if sizes[:2] != (1, 1536) or threads != 1:
+            continue
+        times = [run.time(way, ours, sizes, 1, variant) for variant in ("default", KEPT) for way in ("fwd", "fwdbwd")]
+        body.append((f"{sizes[2]:,}", *("" if time is None else f"{1e3 * time / sizes[2]:.2f}" for time in times)))
+    return markdown(("seqlen", "forward", "forward + backward", "memory kept: forward", "forward + backward"), body)
 
 
 def memory_table(run: Run) -> str:
@@ -148,9 +154,10 @@ def section(path: Path) -> str:
     text.append(bar_table(rows))
     tables: dict[str, Callable[[Run, str], str]] = {
         "Scan, ms": scan_table,
+        "Scan with memory kept between calls, ms": lambda run, ours: scan_table(run, ours, KEPT),
         "What ssmtune's scan costs with other layouts, state inputs and gradients, ms": variant_table,
         "transformers' own scan in training, ms: four times the time for twice the seqlen": quadratic_table,
-        "Scan against seqlen, (1, 1536, seqlen), 1 thread": length_table,
+        "Microseconds for each step of a sequence, (1, 1536, seqlen), 1 thread": length_table,
         "Peak memory of a scan above its inputs, in (batch, dim, seqlen) tensors": lambda run, ours: memory_table(run),
     }
     for op, run, ours, where in parts:

@@ -1,13 +1,14 @@
 import csv
+import os
 
 import pytest
 import torch
 
 from benchmarks import results, selective_scan
-from benchmarks.capability import RemoteCase, Worker
 from benchmarks.measure import verify
 from benchmarks.scan_cases import ScanCase, Spec, expected, memory_probe
 from benchmarks.shapes import FROZEN, Shape
+from benchmarks.worker import ENVIRONMENTS, RemoteCase, Worker
 from ssmtune import native
 
 TINY = Shape(1, 16, 20, 8)
@@ -105,17 +106,20 @@ def test_memory_probe_yields_before_the_work():
 @pytest.mark.skipif(not native.is_loaded(), reason="the compiled kernels are not built")
 def test_worker_runs_the_kernels_at_the_capability_asked_for():
     spec = Spec(TINY, "fwdbwd", "cpu", ("full", "default"))
-    with Worker("default") as worker:
+    with Worker({"SSMTUNE_CPU_CAPABILITY": "default", **ENVIRONMENTS["memory-kept"]}) as worker:
         worker.ask("threads", 1)
         case = RemoteCase(worker, spec)
         assert set(verify(case, expected(spec.oracle())).errors) == {"out", *spec.wrt}
+        few = slice(0, None, 4)
+        assert set(verify(case, expected(spec.oracle(), few), few).errors) == {"out", "u", "delta", "z"}
         assert [lap.wall > 0 for lap in case.time()] == [True, True]
         with pytest.raises(KeyError):
             RemoteCase(worker, Spec(TINY, "fwd", "no such peer")).time()
+    assert "MALLOC_MMAP_MAX_" not in os.environ
 
 
 def test_worker_that_dies_says_how_to_see_why():
-    with Worker("no-such-capability") as worker:
+    with Worker({"SSMTUNE_CPU_CAPABILITY": "no-such"}) as worker:
         worker.process.terminate()
         worker.process.join()
         with pytest.raises(RuntimeError, match="python -m ssmtune env"):
