@@ -5,6 +5,7 @@ import torch
 from numerics import assert_close
 
 from ssmtune.ops import backends, selective_scan
+from ssmtune.ops.layout import dense_axis
 from ssmtune.ops.selective_scan_op import INPUTS
 
 SIZES = (2, 20, 70, 8)
@@ -166,6 +167,7 @@ def test_odd_strides(scan_inputs, backend, sizes):
         strides["u"] = (60, 11, 3)
     for name, stride in strides.items():
         inputs[name] = torch.zeros(500).as_strided((batch, dim, seqlen), stride).copy_(inputs[name])
+        assert 1 in dense_axis(inputs[name]).stride()[1:], "kernels are promised a dense axis"
     for a, b in zip(run(inputs, backend), expected, strict=True):
         assert torch.equal(a, b)
 
