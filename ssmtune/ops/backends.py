@@ -41,7 +41,7 @@ class Backend:
     Attributes:
         name: what users call it.
         title: what it is called in a sentence.
-        module: the module that holds its implementations.
+        module: the module that holds its implementations, None while there are none.
         operators: the operators it implements.
         available: gives None, or the reason it cannot run at all.
         accepts: gives None, or the reason it cannot take this call.
@@ -49,7 +49,7 @@ class Backend:
 
     name: str
     title: str
-    module: str
+    module: str | None
     operators: tuple[str, ...]
     available: Callable[[], str | None]
     accepts: Callable[[Call], str | None]
@@ -99,7 +99,7 @@ def _wrong_dtype(title: str, call: Call) -> str:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "CUDA", "ssmtune.ops.cuda", (), _no_gpu, lambda call: None),
+        Backend("cuda", "CUDA", None, (), _no_gpu, lambda call: None),
         Backend(
             "triton",
             "Triton",
