@@ -1,4 +1,8 @@
-"""Fine-tuning on transformers.Trainer: one call trains what is trainable in a model and fills a run directory."""
+"""Fine-tuning on transformers.Trainer: one call trains what is trainable in a model and fills a run directory.
+
+Weights are safetensors and the rest is JSON, but for the optimizer, the schedule and the random state of a checkpoint:
+those are torch files, which Trainer reads with `weights_only`, so that they hold numbers and cannot run code.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -186,6 +193,8 @@ class _Trainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
         )
+        # DataParallel would cut up the positions at which logits are wanted; several GPUs are a matter for torchrun
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         super().__init__(
             model=model,
             args=arguments,
@@ -201,7 +210,19 @@ class _Trainer(Trainer):
         self.dev_data = dev_data
         self.best: dict[str, torch.Tensor] | None = None
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _recompute_activations(model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         count = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
@@ -342,6 +363,27 @@ def _settings(config: TrainConfig, data: EncodedExamples, model: nn.Module) -> d
     for key in ("log_every", "save_every"):
         train.pop(key)
     return {"settings": {**train, "data": digest.hexdigest()[:16], "trainable tensors": tensors.hexdigest()[:16]}}
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    # transformers 5.23 renamed it
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"checkpoint {checkpoint} cannot be read: {reason}\n"
+            "  It is damaged, or was not written by ssmtune. Remove it to resume from none, or use --overwrite."
+        ) from error
 
 
 def _read_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:

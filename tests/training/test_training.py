@@ -226,6 +226,28 @@ def test_full_disk_leaves_the_checkpoint_before(tiny_checkpoint, tmp_path, monke
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "adapter_model.safetensors"])
+def test_foreign_checkpoint_is_refused_and_runs_no_code(tiny_checkpoint, tmp_path, file):
+    out = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted) as stopped:
+        run(tiny_checkpoint, out, callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    torch.save(Trap(tmp_path / "trapped"), stopped.value.checkpoint / file)
+    with pytest.raises(ValueError, match="step-00000003 cannot be read") as caught:
+        run(tiny_checkpoint, out, resume=True)
+    assert len(str(caught.value).splitlines()) == 2
+    assert not (tmp_path / "trapped").exists()
+
+
 def test_resuming_with_other_settings_is_refused(tiny_checkpoint, tmp_path):
     run(tiny_checkpoint, tmp_path)
     with pytest.raises(ConfigError, match=r"other settings: lr \(0.005 then, 0.001 now\)"):
