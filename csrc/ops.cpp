@@ -217,11 +217,8 @@ void reduce_dBC(const SelectiveScanBackward& p, const float* shares, float* dB, 
         share += p.seqlen * row;
         for (int64_t i = 0; i < row; ++i) sum[i] += share[i];
       }
-      for (int64_t n = 0; n < p.dstate; n += kStateGroup) {
-        const int64_t count = std::min(kStateGroup, p.dstate - n);
-        if (dB) std::copy_n(sum.data() + 2 * n, count, dB + step * p.dstate + n);
-        if (dC) std::copy_n(sum.data() + 2 * n + kStateGroup, count, dC + step * p.dstate + n);
-      }
+      if (dB) std::copy_n(sum.data(), p.dstate, dB + step * p.dstate);
+      if (dC) std::copy_n(sum.data() + p.padded_states(), p.dstate, dC + step * p.dstate);
     }
   });
 }

@@ -59,7 +59,7 @@ struct Partition {
 inline constexpr int64_t kChunk = 64;
 // Channels of chunk_states are padded to a multiple of this.
 inline constexpr int64_t kChannelPadding = 16;
-// dB and dC partial sums hold kStateGroup values of dB, then as many of dC, for each group of states.
+// States are worked on in groups of this many; missing ones are padded with zeros.
 inline constexpr int64_t kStateGroup = 8;
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
@@ -89,7 +89,7 @@ struct SelectiveScanForward : SelectiveScanParams {
 struct SelectiveScanBackward : SelectiveScanParams {
   SequenceTensor dout, du, ddelta, dz;
   const float* dlast_state;  // (batch, dim, dstate)
-  float* dBC;                // (batch, ranges, seqlen, padded states / kStateGroup, 2, kStateGroup), or null
+  float* dBC;                // (batch, ranges, seqlen, 2, padded states): each range's share of dB and dC; or null
   ChannelGradient dA, dD, ddelta_bias, dinitial_state, dstate_offset, doutput_offset;
 };
 

@@ -5,9 +5,6 @@
 
 namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
 
-// exp2 is called on delta * A: bounded factors keep the product finite, and 2^-1e36 is as much zero as 2^-inf.
-inline constexpr float kBound = 1e18f;
-
 // Per-channel matrices and vectors of one task, a block of kLanes channels after the other: (blocks, padded states, lanes)
 // and (blocks, lanes). Padded states have A = 0 and start from zero; as B and C are zero there too, they stay zero.
 class ChannelBlocks {
@@ -44,17 +41,32 @@ class ChannelBlocks {
     }
   }
 
-  // A as the exponent wants it: in powers of two.
-  void pack_decay(const float* A, float* packed) const {
+  // A as the exponent wants it, in powers of two, and its smallest and largest value for each channel.
+  void pack_decay(const float* A, float* packed, float* smallest, float* largest) const {
     pack_matrix(A, packed);
-    for (int64_t i = 0; i < count() * matrix_size_; i += kLanes) {
-      store(packed + i, at_least(load(packed + i) * kLog2e, -kBound));
+    for (int64_t i = 0; i < count(); ++i) {
+      Vec low{}, high{};
+      for (int64_t at = i * matrix_size_; at < (i + 1) * matrix_size_; at += kLanes) {
+        const Vec a = load(packed + at) * kLog2e;
+        store(packed + at, a);
+        low = select(a < low, a, low);
+        high = select(a > high, a, high);
+      }
+      store(smallest + i * kLanes, low);
+      store(largest + i * kLanes, high);
     }
   }
 
  private:
   int64_t channel_begin_, channel_end_, dstate_, matrix_size_;
 };
+
+// The step as the exponent wants it. With A <= 0 and steps >= 0 states decay; one that grows by more than 2^127 in a step, past
+// the range of exp2 and of fp32, becomes a NaN.
+SSMTUNE_INLINE Vec exponent_step(Vec dt, Vec smallest_decay, Vec largest_decay) {
+  const IntVec overflows = (dt * smallest_decay > 127.0f) | (dt * largest_decay > 127.0f);
+  return select(overflows, broadcast(__builtin_nanf("")), dt);
+}
 
 // B or C over one chunk: rows of floats, the states next to each other and padded with zeros to whole groups.
 struct StateRows {

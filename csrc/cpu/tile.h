@@ -68,18 +68,20 @@ SSMTUNE_INLINE void copy(float* to, const float* from, int64_t count) {
   __builtin_memcpy(to, from, count * sizeof(float));
 }
 
-// Hands out pieces of scratch memory; without memory it only adds up how much is needed.
+// Hands out pieces of scratch memory; without memory it only adds up how much is needed. Pieces of equal size start one cache
+// line further each, so that the same row of several tiles does not fall on the same cache set.
 class Arena {
  public:
   explicit Arena(float* memory) : memory_(memory) {}
   float* take(int64_t count) {
     float* piece = memory_ ? memory_ + used_ : nullptr;
-    used_ += round_up(count, 16);
+    used_ += round_up(count, kCacheLine) + kCacheLine;
     return piece;
   }
   int64_t used() const { return used_; }
 
  private:
+  static constexpr int64_t kCacheLine = 16;  // floats
   float* memory_;
   int64_t used_ = 0;
 };

@@ -194,27 +194,31 @@ struct ConcatenateQuads {  // every other four lanes of a, then of b
   }
 };
 
+// The steps of a sum over lanes, each for two vectors at once. After add_pairs and add_quads of four vectors, every four
+// lanes hold a partial sum of each; add_halves adds every other four lanes to the next.
+SSMTUNE_INLINE Vec add_pairs(Vec a, Vec b) {
+  return shuffle<InterleaveLanes<0>>(a, b) + shuffle<InterleaveLanes<1>>(a, b);
+}
+SSMTUNE_INLINE Vec add_quads(Vec a, Vec b) {
+  return shuffle<InterleavePairs<0>>(a, b) + shuffle<InterleavePairs<1>>(a, b);
+}
+SSMTUNE_INLINE Vec add_halves(Vec a, Vec b) {
+  return shuffle<ConcatenateQuads<0>>(a, b) + shuffle<ConcatenateQuads<1>>(a, b);
+}
+
 // Lane i of the result is the sum of the lanes of x[i].
 SSMTUNE_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
-  Vec pairs[kLanes / 2], quads[kLanes / 4];
-  SSMTUNE_UNROLL
-  for (int i = 0; i < kLanes / 2; ++i) {
-    pairs[i] = shuffle<InterleaveLanes<0>>(x[2 * i], x[2 * i + 1]) + shuffle<InterleaveLanes<1>>(x[2 * i], x[2 * i + 1]);
-  }
+  Vec sums[kLanes / 4];
   SSMTUNE_UNROLL
   for (int i = 0; i < kLanes / 4; ++i) {
-    quads[i] = shuffle<InterleavePairs<0>>(pairs[2 * i], pairs[2 * i + 1]) +
-               shuffle<InterleavePairs<1>>(pairs[2 * i], pairs[2 * i + 1]);
+    sums[i] = add_quads(add_pairs(x[4 * i], x[4 * i + 1]), add_pairs(x[4 * i + 2], x[4 * i + 3]));
   }
   SSMTUNE_UNROLL
   for (int count = kLanes / 8; count >= 1; count /= 2) {
     SSMTUNE_UNROLL
-    for (int i = 0; i < count; ++i) {
-      quads[i] = shuffle<ConcatenateQuads<0>>(quads[2 * i], quads[2 * i + 1]) +
-                 shuffle<ConcatenateQuads<1>>(quads[2 * i], quads[2 * i + 1]);
-    }
+    for (int i = 0; i < count; ++i) sums[i] = add_halves(sums[2 * i], sums[2 * i + 1]);
   }
-  return quads[0];
+  return sums[0];
 }
 
 // Lane j of x[i] goes to lane i of x[j].
@@ -259,33 +263,55 @@ SSMTUNE_INLINE void transpose(Vec (&x)[lanes]) {
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
-// 2^x for finite x, to 1.7e-7 relative error. The constant term is exactly 1, so that decays close to 1 carry no bias. Very
-// negative x gives zero or the smallest normal number, never a NaN.
-SSMTUNE_INLINE Vec exp2(Vec x) {
+// exp2 below splits x = n + i / entries + r and looks 2^(i / entries) up. A table entry has i taken off its exponent bits, so
+// that adding the shifted integer n * entries + i multiplies by 2^n.
 #if defined(__AVX512F__)
-  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+inline constexpr int kTableBits = 4;
+alignas(64) inline constexpr uint32_t kExp2Table[] = {
+    0x3f800000u, 0x3f7daac3u, 0x3f7b95c2u, 0x3f79c3d3u, 0x3f7837f0u, 0x3f76f532u, 0x3f75fed7u, 0x3f75583fu,
+    0x3f7504f3u, 0x3f7508a4u, 0x3f75672au, 0x3f76248cu, 0x3f7744fdu, 0x3f78ccdfu, 0x3f7ac0c7u, 0x3f7d257du};
+inline constexpr float kExp2Square = 0.240234286f, kExp2Cube = 0.0555023439f;
+SSMTUNE_INLINE BitVec look_up_exp2(BitVec index) {
+  return (BitVec)_mm512_permutexvar_epi32((__m512i)index, _mm512_load_si512(kExp2Table));
+}
+#elif defined(__AVX2__)
+inline constexpr int kTableBits = 3;
+alignas(32) inline constexpr uint32_t kExp2Table[] = {0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u,
+                                                      0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, 0x3f7ac0c7u};
+inline constexpr float kExp2Square = 0.240257487f, kExp2Cube = 0.0555042662f;
+SSMTUNE_INLINE BitVec look_up_exp2(BitVec index) {
+  return (BitVec)_mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)kExp2Table), (__m256i)index);
+}
 #else
-  // Adding 1.5 * 2^23 rounds x to an integer and leaves that integer in the low bits of the sum.
-  x = at_most(at_least(x, -126.0f), 127.5f);
-  const Vec shifted = x + 0x1.8p23f;
-  const Vec n = shifted - 0x1.8p23f;
+inline constexpr int kTableBits = 0;
 #endif
-  const Vec r = x - n;
-  Vec p = broadcast(0.0013264727255347442f);
-  p = p * r + 0.00967151283194963f;
-  p = p * r + 0.055507337448382696f;
-  p = p * r + 0.2402224208235888f;
-  p = p * r + 0.6931469775972633f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
+
+// 2^x for x <= 127, within 1.2e-7 relative error; saturates below -126. Near zero it is 1 + ln2 x + ..., with exactly that 1
+// and ln2: slow decays, applied thousands of times, must carry no bias.
+SSMTUNE_INLINE Vec exp2(Vec x) {
+  // Adding 1.5 * 2^23 / entries rounds x to a multiple of 1 / entries and leaves that multiple in the low bits of the sum.
+  constexpr float kRound = 0x1.8p23f / (1 << kTableBits);
+  x = at_least(x, -126.0f);
+  const Vec rounded = x + kRound;
+  const Vec r = x - (rounded - kRound);
+  const BitVec shifted = bits_of(rounded) << (23 - kTableBits);
+#if defined(__AVX2__)
+  const Vec scale = from_bits(look_up_exp2(bits_of(rounded)) + shifted);
+  const Vec p = (r * kExp2Cube + kExp2Square) * r + kLn2;
+  return scale * r * p + scale;
 #else
-  return from_bits(bits_of(p) + (bits_of(shifted) << 23));
+  Vec p = broadcast(0.00015353361913530525f);
+  p = p * r + 0.0013398874607197606f;
+  p = p * r + 0.009618437359242407f;
+  p = p * r + 0.05550332470657783f;
+  p = p * r + 0.24022647913602785f;
+  p = p * r + 0.6931472028552683f;
+  p = p * r + 1.0f;
+  return from_bits(bits_of(p) + shifted);
 #endif
 }
 
-// exp(-|x|), saturating.
-SSMTUNE_INLINE Vec exp_negative_abs(Vec x) { return exp2(at_least(abs(x) * -kLog2e, -126.0f)); }
+SSMTUNE_INLINE Vec exp_negative_abs(Vec x) { return exp2(abs(x) * -kLog2e); }
 
 SSMTUNE_INLINE Vec sigmoid(Vec x) {
   const Vec e = exp_negative_abs(x);

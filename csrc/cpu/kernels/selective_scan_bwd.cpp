@@ -9,6 +9,10 @@ inline constexpr int kBlocks = kLanes == 16 ? 2 : 1;
 inline constexpr int kStates = kStateGroup;
 static_assert(Partition::kUnit % (kBlocks * kLanes) == 0);
 
+// Sums over the channels, for one step and kStates states, kept as vectors until the end of a chunk: add_halves is left to
+// do where a vector is wider than that.
+inline constexpr int kSumFloats = kLanes > kStates ? kLanes : kStates;
+
 struct Workspace {
   Workspace(const SelectiveScanBackward& p, Arena& arena) {
     const int64_t channels = p.partition.max_range_channels();
@@ -20,11 +24,14 @@ struct Workspace {
     dA = p.dA.data ? arena.take(matrix) : nullptr;
     dinitial_state = p.dinitial_state.data ? arena.take(matrix) : nullptr;
     doffset = p.dstate_offset.data ? arena.take(matrix) : nullptr;
-    for (float** vector : {&D, &delta_bias, &output_offset, &dD, &ddelta_bias, &doutput_offset}) {
+    for (float** vector : {&smallest_decay, &largest_decay, &D, &delta_bias, &output_offset, &dD, &ddelta_bias, &doutput_offset}) {
       *vector = arena.take(channels);
     }
     B = arena.take(state_rows_floats(p));
     C = arena.take(state_rows_floats(p));
+    for (float** sums : {&dB, &dC}) {
+      *sums = p.dBC ? arena.take(kChunk * p.padded_states() / kStates * kSumFloats) : nullptr;
+    }
     for (int i = 0; i < kBlocks; ++i) {
       for (float** tile : {&u[i], &delta[i], &z[i], &dout[i], &du[i], &ddelta[i], &dz[i]}) {
         *tile = arena.take(kChunk * kLanes);
@@ -39,8 +46,9 @@ struct Workspace {
 
   // Of the task's channels.
   float *A, *carry, *first_state, *offset, *dA, *dinitial_state, *doffset;
-  float *D, *delta_bias, *output_offset, *dD, *ddelta_bias, *doutput_offset;
-  float *B, *C;
+  float *smallest_decay, *largest_decay, *D, *delta_bias, *output_offset, *dD, *ddelta_bias, *doutput_offset;
+  // Of a chunk.
+  float *B, *C, *dB, *dC;
   // Of a tile: (steps, lanes) for tensors, (steps, blocks, lanes) for what is computed.
   float *u[kBlocks], *delta[kBlocks], *z[kBlocks], *dout[kBlocks], *du[kBlocks], *ddelta[kBlocks], *dz[kBlocks];
   float *dt, *dtu, *slope, *dy, *y;
@@ -52,135 +60,194 @@ struct Workspace {
 
 // kBlocks blocks of channels over one chunk. Pointers to matrices are those of the first block.
 struct Tile {
-  int64_t steps, matrix_size;
+  int64_t steps, padded_states, matrix_size;
   const float *A, *offset;
   StateRows B, C;
   const float* state_in;
   float *carry, *dA;
-  float* dBC;
-  int64_t dBC_stride;
 };
 
-// h and a of every step of a group of states, and y += C (h + offset).
+// Adds four vectors' lanes up as far as a vector of eight such sums goes.
+SSMTUNE_INLINE Vec sum_four(const Vec (&x)[4]) { return add_quads(add_pairs(x[0], x[1]), add_pairs(x[2], x[3])); }
+SSMTUNE_INLINE void add_to_sums(float* sums, Vec first_four, Vec last_four) {
+  if constexpr (kLanes == 4) {
+    store(sums, load(sums) + first_four);
+    store(sums + kLanes, load(sums + kLanes) + last_four);
+  } else {
+    store(sums, load(sums) + add_halves(first_four, last_four));
+  }
+}
+
+// The forward recurrence over again for kStates states from n on, keeping a and h of every step; dC; and, if it is wanted,
+// the output without its terms in u and output_offset.
 template <bool kOutput, bool kOffset>
 __attribute__((noinline)) void recompute(const Tile& tile, const Workspace& w, int64_t n) {
-  constexpr int64_t kStep = kBlocks * kStates * kLanes;
+  const float* const A = tile.A + n * kLanes;
+  const float* const offset = kOffset ? tile.offset + n * kLanes : nullptr;
+  const float *const B = tile.B.data + n, *const C = tile.C.data + n;
+  const int64_t matrix_size = tile.matrix_size, B_stride = tile.B.stride, C_stride = tile.C.stride;
+  const int64_t dC_stride = tile.padded_states / kStates * kSumFloats;
+  const float *dt = w.dt, *dtu = w.dtu, *dy = w.dy;
+  float *decay = w.decay, *state = w.state, *y = w.y;
+  float* dC_sums = w.dC ? w.dC + n / kStates * kSumFloats : nullptr;
+  const bool first = n == 0;
+
   Vec h[kBlocks][kStates];
   SSMTUNE_UNROLL
   for (int j = 0; j < kBlocks; ++j) {
     SSMTUNE_UNROLL
     for (int i = 0; i < kStates; ++i) {
-      h[j][i] = load(tile.state_in + j * tile.matrix_size + (n + i) * kLanes);
-      store(w.state + (j * kStates + i) * kLanes, h[j][i]);
+      h[j][i] = load(tile.state_in + j * matrix_size + (n + i) * kLanes);
+      store(state + (j * kStates + i) * kLanes, h[j][i]);
     }
   }
   for (int64_t t = 0; t < tile.steps; ++t) {
-    const float* const B = tile.B[t] + n;
-    const float* const C = tile.C[t] + n;
+    state += kBlocks * kStates * kLanes;
+    Vec dt_t[kBlocks], dtu_t[kBlocks], dy_t[kBlocks], output[kBlocks], dC[2];
     SSMTUNE_UNROLL
     for (int j = 0; j < kBlocks; ++j) {
-      const int64_t row = (t * kBlocks + j) * kLanes;
-      const Vec dt = load(w.dt + row), dtu = load(w.dtu + row);
-      const float* const A = tile.A + j * tile.matrix_size + n * kLanes;
-      const float* const offset = kOffset ? tile.offset + j * tile.matrix_size + n * kLanes : nullptr;
-      float* const decay = w.decay + t * kStep + j * kStates * kLanes;
-      float* const state = w.state + (t + 1) * kStep + j * kStates * kLanes;
-      Vec y[2] = {};
+      dt_t[j] = load(dt + j * kLanes);
+      dtu_t[j] = load(dtu + j * kLanes);
+      dy_t[j] = load(dy + j * kLanes);
+      output[j] = kOutput && !first ? load(y + j * kLanes) : Vec{};
+    }
+    SSMTUNE_UNROLL
+    for (int four = 0; four < 2; ++four) {
+      Vec terms[4];
       SSMTUNE_UNROLL
-      for (int i = 0; i < kStates; ++i) {
-        const Vec a = exp2(dt * load(A + i * kLanes));
-        h[j][i] = a * h[j][i] + dtu * B[i];
-        store(decay + i * kLanes, a);
-        store(state + i * kLanes, h[j][i]);
-        if constexpr (kOutput) {
-          const Vec seen = kOffset ? h[j][i] + load(offset + i * kLanes) : h[j][i];
-          y[i % 2] += seen * C[i];
+      for (int k = 0; k < 4; ++k) {
+        const int i = 4 * four + k;
+        SSMTUNE_UNROLL
+        for (int j = 0; j < kBlocks; ++j) {
+          const Vec a = exp2(dt_t[j] * load(A + j * matrix_size + i * kLanes));
+          h[j][i] = a * h[j][i] + dtu_t[j] * B[t * B_stride + i];
+          store(decay + (j * kStates + i) * kLanes, a);
+          store(state + (j * kStates + i) * kLanes, h[j][i]);
+          const Vec seen = kOffset ? h[j][i] + load(offset + j * matrix_size + i * kLanes) : h[j][i];
+          const Vec term = dy_t[j] * seen;
+          terms[k] = j == 0 ? term : terms[k] + term;
+          if constexpr (kOutput) output[j] += seen * C[t * C_stride + i];
         }
       }
-      if constexpr (kOutput) store(w.y + row, load(w.y + row) + (y[0] + y[1]));
+      dC[four] = sum_four(terms);
     }
+    if (dC_sums) add_to_sums(dC_sums + t * dC_stride, dC[0], dC[1]);
+    if constexpr (kOutput) {
+      SSMTUNE_UNROLL
+      for (int j = 0; j < kBlocks; ++j) store(y + j * kLanes, output[j]);
+    }
+    decay += kBlocks * kStates * kLanes;
+    dt += kBlocks * kLanes, dtu += kBlocks * kLanes, dy += kBlocks * kLanes, y += kBlocks * kLanes;
   }
 }
 
-// The adjoint recurrence, last step first.
-template <bool kOffset, bool kGradA>
+// The adjoint recurrence, last step first, over what recompute kept.
+template <bool kGradA>
 __attribute__((noinline)) void reverse(const Tile& tile, const Workspace& w, int64_t n) {
-  constexpr int64_t kStep = kBlocks * kStates * kLanes;
-  Vec carry[kBlocks][kStates];
+  const float* const A = tile.A + n * kLanes;
+  const float *const B = tile.B.data + n, *const C = tile.C.data + n;
+  const int64_t matrix_size = tile.matrix_size, B_stride = tile.B.stride, C_stride = tile.C.stride;
+  const int64_t dB_stride = tile.padded_states / kStates * kSumFloats;
+  float* const dB_sums = w.dB ? w.dB + n / kStates * kSumFloats : nullptr;
+  const bool first = n == 0;
+
+  Vec carry[kBlocks][kStates], dA[kBlocks][kStates];
   SSMTUNE_UNROLL
   for (int j = 0; j < kBlocks; ++j) {
     SSMTUNE_UNROLL
-    for (int i = 0; i < kStates; ++i) carry[j][i] = load(tile.carry + j * tile.matrix_size + (n + i) * kLanes);
+    for (int i = 0; i < kStates; ++i) {
+      const int64_t at = j * matrix_size + (n + i) * kLanes;
+      carry[j][i] = load(tile.carry + at);
+      if constexpr (kGradA) dA[j][i] = load(tile.dA + at);
+    }
   }
   for (int64_t t = tile.steps - 1; t >= 0; --t) {
-    const float* const B = tile.B[t] + n;
-    const float* const C = tile.C[t] + n;
-    Vec dBC[2 * kStates];
+    const int64_t row = t * kBlocks * kLanes;
+    const float* const decay = w.decay + row * kStates;
+    const float* const previous = w.state + row * kStates;
+    float *const sum_decay = w.sum_decay + row, *const sum_input = w.sum_input + row;
+    Vec dt[kBlocks], dtu[kBlocks], dy[kBlocks], decay_terms[kBlocks], input_terms[kBlocks], dB[2];
     SSMTUNE_UNROLL
     for (int j = 0; j < kBlocks; ++j) {
-      const int64_t row = (t * kBlocks + j) * kLanes, block = j * tile.matrix_size + n * kLanes;
-      const Vec dt = load(w.dt + row), dtu = load(w.dtu + row), dy = load(w.dy + row);
-      const float* const decay = w.decay + t * kStep + j * kStates * kLanes;
-      const float* const previous = w.state + t * kStep + j * kStates * kLanes;
-      Vec sum_decay{}, sum_input{};
+      dt[j] = load(w.dt + row + j * kLanes);
+      dtu[j] = load(w.dtu + row + j * kLanes);
+      dy[j] = load(w.dy + row + j * kLanes);
+      decay_terms[j] = first ? Vec{} : load(sum_decay + j * kLanes);
+      input_terms[j] = first ? Vec{} : load(sum_input + j * kLanes);
+    }
+    SSMTUNE_UNROLL
+    for (int four = 0; four < 2; ++four) {
+      Vec terms[4];
       SSMTUNE_UNROLL
-      for (int i = 0; i < kStates; ++i) {
-        const Vec adjoint = dy * C[i] + carry[j][i];
-        Vec seen = load(previous + kStep + i * kLanes);
-        if constexpr (kOffset) seen += load(tile.offset + block + i * kLanes);
-        dBC[i] = j == 0 ? adjoint * dtu : dBC[i] + adjoint * dtu;
-        dBC[kStates + i] = j == 0 ? dy * seen : dBC[kStates + i] + dy * seen;
-        sum_input += adjoint * B[i];
-        carry[j][i] = adjoint * load(decay + i * kLanes);
-        const Vec q = carry[j][i] * load(previous + i * kLanes);
-        sum_decay += q * load(tile.A + block + i * kLanes);
-        if constexpr (kGradA) {
-          float* const dA = tile.dA + block + i * kLanes;
-          store(dA, load(dA) + q * dt);
+      for (int k = 0; k < 4; ++k) {
+        const int i = 4 * four + k;
+        SSMTUNE_UNROLL
+        for (int j = 0; j < kBlocks; ++j) {
+          const Vec adjoint = dy[j] * C[t * C_stride + i] + carry[j][i];
+          const Vec term = adjoint * dtu[j];
+          terms[k] = j == 0 ? term : terms[k] + term;
+          input_terms[j] += adjoint * B[t * B_stride + i];
+          carry[j][i] = adjoint * load(decay + (j * kStates + i) * kLanes);
+          const Vec q = carry[j][i] * load(previous + (j * kStates + i) * kLanes);
+          decay_terms[j] += q * load(A + j * matrix_size + i * kLanes);
+          if constexpr (kGradA) dA[j][i] += q * dt[j];
         }
       }
-      store(w.sum_decay + row, load(w.sum_decay + row) + sum_decay);
-      store(w.sum_input + row, load(w.sum_input + row) + sum_input);
+      dB[four] = sum_four(terms);
     }
-    if (tile.dBC) {
-      float* const target = tile.dBC + t * tile.dBC_stride + 2 * n;
-      SSMTUNE_UNROLL
-      for (int i = 0; i < 2 * kStates; i += kLanes) {
-        Vec part[kLanes];
-        SSMTUNE_UNROLL
-        for (int k = 0; k < kLanes; ++k) part[k] = dBC[i + k];
-        store(target + i, load(target + i) + sum_each(part));
-      }
+    if (dB_sums) add_to_sums(dB_sums + t * dB_stride, dB[0], dB[1]);
+    SSMTUNE_UNROLL
+    for (int j = 0; j < kBlocks; ++j) {
+      store(sum_decay + j * kLanes, decay_terms[j]);
+      store(sum_input + j * kLanes, input_terms[j]);
     }
   }
   SSMTUNE_UNROLL
   for (int j = 0; j < kBlocks; ++j) {
     SSMTUNE_UNROLL
-    for (int i = 0; i < kStates; ++i) store(tile.carry + j * tile.matrix_size + (n + i) * kLanes, carry[j][i]);
+    for (int i = 0; i < kStates; ++i) {
+      const int64_t at = j * matrix_size + (n + i) * kLanes;
+      store(tile.carry + at, carry[j][i]);
+      if constexpr (kGradA) store(tile.dA + at, dA[j][i]);
+    }
   }
 }
 
-void scan(const SelectiveScanBackward& p, const Tile& tile, const Workspace& w) {
-  const bool output = p.dz.data != nullptr, offset = tile.offset != nullptr;
-  for (int64_t n = 0; n < p.padded_states(); n += kStates) {
-    if (output && offset) {
-      recompute<true, true>(tile, w, n);
-    } else if (output) {
-      recompute<true, false>(tile, w, n);
+template <bool kOutput, bool kOffset, bool kGradA>
+void scan(const Tile& tile, const Workspace& w) {
+  for (int64_t n = 0; n < tile.padded_states; n += kStates) {
+    recompute<kOutput, kOffset>(tile, w, n);
+    reverse<kGradA>(tile, w, n);
+  }
+}
+
+using Scan = void (*)(const Tile&, const Workspace&);
+Scan choose_scan(bool output, bool offset, bool grad_A) {
+  constexpr Scan kScans[2][2][2] = {{{scan<false, false, false>, scan<false, false, true>},
+                                     {scan<false, true, false>, scan<false, true, true>}},
+                                    {{scan<true, false, false>, scan<true, false, true>},
+                                     {scan<true, true, false>, scan<true, true, true>}}};
+  return kScans[output][offset][grad_A];
+}
+
+// The sums of a chunk as rows of states.
+void write_sums(const float* sums, int64_t steps, int64_t padded_states, float* rows, int64_t row_stride) {
+  const int64_t groups = padded_states / kStates;
+  for (int64_t t = 0; t < steps; ++t, sums += groups * kSumFloats, rows += row_stride) {
+    if constexpr (kLanes <= kStates) {
+      copy(rows, sums, padded_states);
     } else {
-      recompute<false, false>(tile, w, n);
-    }
-    if (tile.dA) {
-      offset ? reverse<true, true>(tile, w, n) : reverse<false, true>(tile, w, n);
-    } else {
-      offset ? reverse<true, false>(tile, w, n) : reverse<false, false>(tile, w, n);
+      for (int64_t group = 0; group < groups; group += 2) {
+        const Vec last = load(sums + (group + 1 < groups ? group + 1 : group) * kSumFloats);
+        store_first(rows + group * kStates, add_halves(load(sums + group * kSumFloats), last), group + 1 < groups ? 16 : 8);
+      }
     }
   }
 }
 
 // The gradient of a state offset over a tile, sum_t dy_t C_t[n]: a matrix product.
-void accumulate_offset(const Tile& tile, const float* dy, int64_t padded_states, float* doffset) {
-  for (int64_t n = 0; n < padded_states; n += kStates) {
+void accumulate_offset(const Tile& tile, const float* dy, float* doffset) {
+  for (int64_t n = 0; n < tile.padded_states; n += kStates) {
     Vec sum[kStates];
     SSMTUNE_UNROLL
     for (int i = 0; i < kStates; ++i) sum[i] = load(doffset + (n + i) * kLanes);
@@ -201,16 +268,18 @@ struct BlockRows {
   Rows<float> du, ddelta, dz;
 };
 
-// What depends on the step and the channel alone: dt, dt u, the slope of softplus, dy, and dz without its factor y.
+// What depends on the step and the channel alone: dt, dt u, the slope of softplus, dy, and dz without its factor, the output.
 void prepare(const SelectiveScanBackward& p, const Workspace& w, int64_t block, int j, const BlockRows& rows) {
-  const Vec bias = load(w.delta_bias + block * kLanes), D = load(w.D + block * kLanes);
-  const Vec output_offset = load(w.output_offset + block * kLanes);
+  const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
+  const Vec bias = load(w.delta_bias + block * kLanes);
   const bool has_dout = p.dout.data != nullptr, has_z = p.z.data != nullptr;
   constexpr int64_t kNext = kBlocks * kLanes;
   for (int64_t t = 0; t < rows.at.steps; ++t) {
     const int64_t row = (t * kBlocks + j) * kLanes;
     if (rows.u.direct) __builtin_prefetch(rows.u[t] + kNext);
     if (rows.delta.direct) __builtin_prefetch(rows.delta[t] + kNext);
+    if (rows.du.direct) __builtin_prefetch(rows.du[t], 1);
+    if (rows.ddelta.direct) __builtin_prefetch(rows.ddelta[t], 1);
     Vec dt = load(rows.delta[t]) + bias, slope = broadcast(1.0f);
     if (p.delta_softplus) {
       const SoftplusSigmoid both = softplus_sigmoid(dt);
@@ -218,12 +287,9 @@ void prepare(const SelectiveScanBackward& p, const Workspace& w, int64_t block, 
       slope = both.sigmoid;
     }
     const Vec value = load(rows.u[t]);
-    store(w.dt + row, at_most(dt, kBound));
+    store(w.dt + row, exponent_step(dt, smallest_decay, largest_decay));
     store(w.dtu + row, dt * value);
     store(w.slope + row, slope);
-    store(w.y + row, D * value + output_offset);
-    store(w.sum_decay + row, Vec{});
-    store(w.sum_input + row, Vec{});
 
     Vec dy{};
     if (has_dout) {
@@ -241,7 +307,7 @@ void prepare(const SelectiveScanBackward& p, const Workspace& w, int64_t block, 
 }
 
 void finish(const Workspace& w, int64_t block, int j, const BlockRows& rows, bool has_dz) {
-  const Vec D = load(w.D + block * kLanes);
+  const Vec D = load(w.D + block * kLanes), output_offset = load(w.output_offset + block * kLanes);
   Vec dD{}, ddelta_bias{}, doutput_offset{};
   for (int64_t t = 0; t < rows.at.steps; ++t) {
     const int64_t row = (t * kBlocks + j) * kLanes;
@@ -249,7 +315,7 @@ void finish(const Workspace& w, int64_t block, int j, const BlockRows& rows, boo
     const Vec ddelta = (value * sum_input + load(w.sum_decay + row) * kLn2) * load(w.slope + row);
     store(rows.du[t], load(w.dt + row) * sum_input + D * dy);
     store(rows.ddelta[t], ddelta);
-    if (has_dz) store(rows.dz[t], load(rows.dz[t]) * load(w.y + row));
+    if (has_dz) store(rows.dz[t], load(rows.dz[t]) * (load(w.y + row) + D * value + output_offset));
     dD += dy * value;
     ddelta_bias += ddelta;
     doutput_offset += dy;
@@ -280,12 +346,13 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
   const int64_t steps = p.seqlen - time < kChunk ? p.seqlen - time : kChunk;
   const StateRows B = state_rows(p, p.B, batch, time, steps, w.B);
   const StateRows C = state_rows(p, p.C, batch, time, steps, w.C);
-  const int64_t dBC_stride = 2 * p.padded_states();
   if (dBC) {
-    dBC += time * dBC_stride;
-    fill_zero(dBC, steps * dBC_stride);
+    const int64_t sums = steps * p.padded_states() / kStates * kSumFloats;
+    fill_zero(w.dB, sums);
+    fill_zero(w.dC, sums);
   }
   const bool has_dz = p.dz.data != nullptr;
+  const Scan scan = choose_scan(has_dz, w.offset, w.dA);
   for (int64_t first = 0; first < blocks.count(); first += kBlocks) {
     BlockRows rows[kBlocks];
     for (int j = 0; j < kBlocks; ++j) {
@@ -309,19 +376,24 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
       }
     }
     const int64_t matrix = first * blocks.matrix_size();
-    const Tile tile{steps, blocks.matrix_size(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C, w.state_in,
-                    w.carry + matrix, w.dA ? w.dA + matrix : nullptr, dBC, dBC_stride};
-    scan(p, tile, w);
+    const Tile tile{steps, p.padded_states(), blocks.matrix_size(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C,
+                    w.state_in, w.carry + matrix, w.dA ? w.dA + matrix : nullptr};
+    scan(tile, w);
     for (int j = 0; j < kBlocks; ++j) {
       const int64_t block = first + j;
       finish(w, block, j, rows[j], has_dz);
       if (w.doffset) {
-        accumulate_offset(tile, w.dy + j * kLanes, p.padded_states(), w.doffset + block * blocks.matrix_size());
+        accumulate_offset(tile, w.dy + j * kLanes, w.doffset + block * blocks.matrix_size());
       }
       finish_rows(p.du, rows[j].at, rows[j].du);
       finish_rows(p.ddelta, rows[j].at, rows[j].ddelta);
       finish_rows(p.dz, rows[j].at, rows[j].dz);
     }
+  }
+  if (dBC) {
+    const int64_t stride = 2 * p.padded_states();
+    write_sums(w.dB, steps, p.padded_states(), dBC + time * stride, stride);
+    write_sums(w.dC, steps, p.padded_states(), dBC + time * stride + p.padded_states(), stride);
   }
 }
 
@@ -341,10 +413,10 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
   for (float* matrix : {w.A, w.carry, w.first_state, w.offset, w.dA, w.dinitial_state, w.doffset}) {
     if (matrix) fill_zero(matrix, matrix_floats);
   }
-  for (float* vector : {w.D, w.delta_bias, w.output_offset, w.dD, w.ddelta_bias, w.doutput_offset}) {
+  for (float* vector : {w.smallest_decay, w.largest_decay, w.D, w.delta_bias, w.output_offset, w.dD, w.ddelta_bias, w.doutput_offset}) {
     fill_zero(vector, vector_floats);
   }
-  blocks.pack_decay(p.A, w.A);
+  blocks.pack_decay(p.A, w.A, w.smallest_decay, w.largest_decay);
   blocks.pack_vector(p.D, w.D);
   blocks.pack_vector(p.delta_bias, w.delta_bias);
 

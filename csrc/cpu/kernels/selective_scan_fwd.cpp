@@ -4,8 +4,8 @@
 namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
 namespace {
 
-// States carried in registers at a time.
-inline constexpr int kWideGroup = kLanes == 16 ? 16 : kStateGroup;
+// States worked on together where there are as many.
+inline constexpr int kWideGroup = 2 * kStateGroup;
 
 struct Workspace {
   Workspace(const SelectiveScanForward& p, Arena& arena) {
@@ -15,15 +15,13 @@ struct Workspace {
     state = arena.take(matrix);
     first_state = p.initial_state.data ? arena.take(matrix) : nullptr;
     offset = p.state_offset.data ? arena.take(matrix) : nullptr;
-    D = arena.take(channels);
-    delta_bias = arena.take(channels);
-    output_offset = arena.take(channels);
+    for (float** vector : {&smallest_decay, &largest_decay, &D, &delta_bias, &output_offset}) *vector = arena.take(channels);
     B = arena.take(state_rows_floats(p));
     C = arena.take(state_rows_floats(p));
     for (float** tile : {&u, &delta, &z, &out, &dt, &dtu, &y}) *tile = arena.take(kChunk * kLanes);
   }
 
-  float *A, *state, *first_state, *offset, *D, *delta_bias, *output_offset, *B, *C;
+  float *A, *state, *first_state, *offset, *smallest_decay, *largest_decay, *D, *delta_bias, *output_offset, *B, *C;
   float *u, *delta, *z, *out, *dt, *dtu, *y;
 };
 
@@ -66,22 +64,22 @@ template <bool kOffset>
 void scan(const Tile& tile, int64_t padded_states) {
   int64_t n = 0;
   for (; n + kWideGroup <= padded_states; n += kWideGroup) scan_states<kWideGroup, kOffset>(tile, n);
-  if constexpr (kWideGroup != kStateGroup) {
-    if (n < padded_states) scan_states<kStateGroup, kOffset>(tile, n);
-  }
+  if (n < padded_states) scan_states<kStateGroup, kOffset>(tile, n);
 }
 
 void prepare(const SelectiveScanForward& p, const Workspace& w, int64_t block, const Rows<const float>& u,
-             const Rows<const float>& delta, int64_t steps) {
+             const Rows<const float>& delta, const Rows<float>& out, int64_t steps) {
+  const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
   const Vec bias = load(w.delta_bias + block * kLanes), D = load(w.D + block * kLanes);
   const Vec output_offset = load(w.output_offset + block * kLanes);
   for (int64_t t = 0; t < steps; ++t) {
     if (u.direct) __builtin_prefetch(u[t] + kLanes);
     if (delta.direct) __builtin_prefetch(delta[t] + kLanes);
+    if (out.direct) __builtin_prefetch(out[t], 1);
     Vec dt = load(delta[t]) + bias;
     if (p.delta_softplus) dt = softplus_sigmoid(dt).softplus;
     const Vec value = load(u[t]);
-    store(w.dt + t * kLanes, at_most(dt, kBound));
+    store(w.dt + t * kLanes, exponent_step(dt, smallest_decay, largest_decay));
     store(w.dtu + t * kLanes, dt * value);
     store(w.y + t * kLanes, D * value + output_offset);
   }
@@ -106,7 +104,8 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
   const StateRows C = state_rows(p, p.C, batch, time, steps, w.C);
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{batch, blocks.channel(i), blocks.lanes(i), time, steps};
-    prepare(p, w, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), steps);
+    const Rows<float> out = output_rows(p.out, at, w.out);
+    prepare(p, w, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), out, steps);
     float* const state = w.state + i * blocks.matrix_size();
     const float* const offset = w.offset ? w.offset + i * blocks.matrix_size() : nullptr;
     const Tile tile{steps, w.A + i * blocks.matrix_size(), offset, B, C, w.dt, w.dtu, w.y, state};
@@ -118,7 +117,6 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
     if (p.chunk_states) copy(chunk_state(p, batch, chunk, at.channel), state, p.dstate * kLanes);
     const bool has_z = p.z.data != nullptr;
     const Rows<const float> z = has_z ? input_rows(p.z, at, w.z) : Rows<const float>{};
-    const Rows<float> out = output_rows(p.out, at, w.out);
     finish(w, z, has_z, out, steps);
     finish_rows(p.out, at, out);
   }
@@ -130,7 +128,7 @@ void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
   const Workspace w(p, arena);
   const ChannelBlocks blocks(p, p.partition.channel_begin(task), p.partition.channel_end(task));
   const int64_t matrix_floats = blocks.count() * blocks.matrix_size();
-  blocks.pack_decay(p.A, w.A);
+  blocks.pack_decay(p.A, w.A, w.smallest_decay, w.largest_decay);
   blocks.pack_vector(p.D, w.D);
   blocks.pack_vector(p.delta_bias, w.delta_bias);
 

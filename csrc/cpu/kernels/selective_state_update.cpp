@@ -35,7 +35,7 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
       const int64_t first = (channel + i) * p.dstate;
       for (int64_t n = 0; n < p.dstate; n += kLanes) {
         const int64_t states = p.dstate - n < kLanes ? p.dstate - n : kLanes;
-        const Vec exponent = at_least(load_first(p.A + first + n, states) * dt_of[i], -1000.0f);
+        const Vec exponent = at_most(load_first(p.A + first + n, states) * dt_of[i], 127.0f);
         Vec h = load_first(state + first + n, states);
         h = exp2(exponent) * h + load_first(B + n, states) * dtx_of[i];
         store_first(state + first + n, h, states);
