@@ -67,6 +67,6 @@ $(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
 build/.native: $(NATIVE)
 	mkdir -p build
 	[ "$(SSMTUNE_BUILD)" = off ] || \
-		{ cmake -S . -B build/cmake -DPython_EXECUTABLE="$$(command -v $(PY))" -DSSMTUNE_OUTPUT_DIR="$(CURDIR)/ssmtune" && \
+		{ cmake -S . -B build/cmake -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DSSMTUNE_OUTPUT_DIR="$(CURDIR)/ssmtune" && \
 		cmake --build build/cmake --parallel $$(nproc); } || [ "$(SSMTUNE_BUILD)" != require ]
 	touch $@
