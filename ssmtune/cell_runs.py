@@ -49,14 +49,14 @@ class TaskRuns:
         # What decides a result besides its cell and the weights of the base.
         self.conditions = {
             "task": task.fingerprint(), "max_length": task.max_length, "batch_size": config.batch_size,
-            "warmup": config.warmup, "evaluations": config.evaluations,
+            "warmup": config.warmup, "autocast": config.autocast, "evaluations": config.evaluations,
         }
 
     def cost(self, cell: Cell) -> float:
         """Work in forward passes of one token, for the estimate of the time that is left; a step costs three."""
         task = self.task
         evaluations = self.config.evaluations if cell.stage == "final" else 1
-        scored = 0 if cell.stage == "search" else len(task.dev) + len(task.test)
+        scored = 0 if cell.stage == "search" else len(task.test)
         passes = 3 if task.choices else 1 + 8 * task.max_new_tokens / self._tokens_per_example
         trained = 3 * cell.steps * self.config.batch_size
         return self._tokens_per_example * (trained + len(task.dev) * evaluations + scored * passes)
@@ -92,7 +92,7 @@ class TaskRuns:
         checks = self._checked(cell.method, model)
         settings = TrainConfig(
             steps=cell.steps, batch_size=config.batch_size, lr=cell.lr, warmup=config.warmup, seed=cell.seed,
-            log_every=max(1, cell.steps // 20),
+            autocast=config.autocast, log_every=max(1, cell.steps // 20),
         )
         evaluations = config.evaluations if cell.stage == "final" else 1
         result = train(
@@ -114,10 +114,7 @@ class TaskRuns:
         return record
 
     def _metrics(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        return {
-            split: self.task.evaluate(model, self.tokenizer, examples, EVALUATION_BATCH)
-            for split, examples in (("dev", self.task.dev), ("test", self.task.test))
-        }
+        return {"test": self.task.evaluate(model, self.tokenizer, self.task.test, EVALUATION_BATCH)}
 
     def _checked(self, method: str, model: nn.Module) -> list[dict[str, Any]]:
         """The pre-checks of a method, made once."""

@@ -36,7 +36,7 @@ class ComparisonConfig:
         search_steps: optimizer steps of a run of the learning-rate search; a third of `steps` by default.
         lr_factors: the grid, as multiples of each method's default learning rate.
         search_seeds: runs per learning rate in the search.
-        batch_size, warmup: as in TrainConfig.
+        batch_size, warmup, autocast: as in TrainConfig.
         evaluations: dev losses along a final run.
         data_dir: for the tasks that read files.
         limit: at most so many examples per split.
@@ -52,6 +52,7 @@ class ComparisonConfig:
     search_seeds: int = 1
     batch_size: int = 16
     warmup: float = 0.1
+    autocast: bool = False
     evaluations: int = 5
     data_dir: str | None = None
     limit: dict[str, int] = field(default_factory=dict)

@@ -71,6 +71,7 @@ class TrainConfig:
     seed: int = _option(0, "seed of initialisation, data order and dropout", minimum=0)
     dtype: str = _option("float32", "type of the base weights; adapters are always float32",
                          choices=("float32", "bfloat16"))
+    autocast: bool = _option(False, "compute in bfloat16 from float32 weights: faster where the processor can")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: slower, less memory")
     log_every: int = _option(10, "steps between lines of metrics.jsonl", minimum=1)
     save_every: int | None = _option(None, "steps between checkpoints (default: eval.every)", minimum=1)

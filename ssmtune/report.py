@@ -166,7 +166,8 @@ def conditions(summary: Summary, task: TaskSummary) -> list[str]:
         f"Task: {task.description}.",
         f"Examples: {sizes['train']:,} to train on, {sizes['dev']:,} dev, {sizes['test']:,} test.",
         f"Model: {config['model']}. Every method: {config['steps']:,} steps of {config['batch_size']} examples "
-        f"({config['steps'] * config['batch_size'] / sizes['train']:.1f} passes over the training examples), AdamW, "
+        f"({config['steps'] * config['batch_size'] / sizes['train']:.1f} passes over the training examples), AdamW"
+        f"{' in bfloat16 autocast' if config['autocast'] else ''}, "
         f"learning rate rising over {100 * config['warmup']:.0f} % of the steps, then falling linearly to 0; the last "
         "weights are measured; for one seed all methods see the same batches.",
     ]

@@ -230,7 +230,9 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss of the target tokens of all batches of a step, over all processes."""
-        losses = target_losses(model, inputs, base=self.accelerator.unwrap_model(model))
+        # not through Trainer's own option, which would leave the model wrapped, and evaluated, in bfloat16
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.config.autocast):
+            losses = target_losses(model, inputs, base=self.accelerator.unwrap_model(model))
         loss = losses.sum() / num_items_in_batch * self.args.world_size
         return (loss, {}) if return_outputs else loss
 

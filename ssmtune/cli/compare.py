@@ -64,6 +64,10 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"examples per step (default: {config.batch_size})")
     parser.add_argument("--warmup", type=float, metavar="X", help=f"share of the steps (default: {config.warmup})")
+    parser.add_argument(
+        "--autocast", action="store_true", default=None,
+        help="train in bfloat16 from float32 weights: faster where the processor can",
+    )
     parser.add_argument("--evaluations", type=int, metavar="N", help="dev losses along a final run (default: 5)")
     parser.add_argument("--limit", metavar="N", help="at most N examples per split, or train=N,dev=N,test=N")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a budget: demo takes minutes on two CPU cores")
@@ -104,7 +108,7 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
     flags = {
         "model": args.model, "data_dir": args.data_dir, "seeds": args.seeds, "steps": args.steps,
         "search_steps": args.search_steps, "search_seeds": args.search_seeds, "batch_size": args.batch_size,
-        "warmup": args.warmup, "evaluations": args.evaluations,
+        "warmup": args.warmup, "autocast": args.autocast, "evaluations": args.evaluations,
         "tasks": _names(args.task), "methods": _names(args.methods),
         "lr_factors": _numbers(args.lr_grid), "limit": _limit(args.limit),
     }

@@ -36,7 +36,7 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a built-in name, a local directory or a name on the hub")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a built-in name, a directory or a hub name")
     parser.add_argument("--config", metavar="FILE", help="YAML file, or a recipe such as mamba-5m/lora.yaml")
     parser.add_argument("--method", dest="method.name", metavar="M", help=help_of("method.name"))
     parser.add_argument("--data", dest="data.path", metavar="PATH", help=help_of("data.path"))

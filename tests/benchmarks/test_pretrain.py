@@ -26,8 +26,8 @@ def small(monkeypatch):
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "articles.jsonl"
-    lines = [{"title": f"Article {i}", "text": f"The number {i} is followed by the number {i + 1}. " * 20} for i in range(40)]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
+    articles = [{"title": f"Article {i}", "text": f"The number {i} comes before {i + 1}. " * 20} for i in range(40)]
+    path.write_text("\n".join(json.dumps(article) for article in articles))
     return path
 
 

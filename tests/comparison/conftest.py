@@ -67,7 +67,7 @@ def fake(tmp_path):
             "format": 1, "model_fingerprint": "m",
             "config": {"model": "mamba-5m", "tasks": [name], "methods": names, "seeds": 3, "steps": 100,
                        "search_steps": 30, "search_seeds": 1, "lr_factors": [0.333, 1, 3], "batch_size": 16,
-                       "warmup": 0.1},
+                       "warmup": 0.1, "autocast": False},
             "tasks": {name: {"metric": metric, "higher_is_better": higher, "description": "a made-up task",
                              "choices": 8, "sizes": {"train": 800, "dev": 64, "test": 256}, "fingerprint": "t",
                              "example": "Once"}},

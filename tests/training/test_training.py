@@ -312,3 +312,17 @@ def test_gradient_checkpointing_gives_the_same_weights(tiny_checkpoint, assert_c
     for (name, expected), actual in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         if expected.requires_grad:
             assert_close(name, expected, actual, 1e-4)
+
+
+def test_autocast_trains_in_bfloat16_and_leaves_weights_and_evaluation_in_float32(tiny_checkpoint, tmp_path):
+    seen = []
+    model, tokenizer = load_model(tiny_checkpoint)
+    model = apply_method(model, "state-offset")
+    projection = next(module for name, module in model.named_modules() if name.endswith("in_proj"))
+    projection.register_forward_hook(lambda module, inputs, out: seen.append((torch.is_grad_enabled(), out.dtype)))
+    config = dataclasses.replace(CONFIG, autocast=True)
+    result = train(model, tokenizer, EXAMPLES, DEV, config, None, evaluation=EVALUATION, progress=False)
+    assert (True, torch.bfloat16) in seen and {dtype for graded, dtype in seen if not graded} == {torch.float32}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    _, _, exact = run(tiny_checkpoint, None, "state-offset")
+    assert result.train_loss == pytest.approx(exact.train_loss, rel=0.02) and result.train_loss != exact.train_loss
