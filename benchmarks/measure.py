@@ -20,6 +20,10 @@ GRADIENT_TOLERANCE = 2e-5
 """Largest RMS(error) / RMS(expected) of a scan's float32 result that is still called right."""
 
 
+WARM_AGAIN_BELOW = 2.0
+"""Seconds."""
+
+
 class Disagreement(RuntimeError):
     """A case whose results are not those of the same in float64: its speed means nothing."""
 
@@ -152,7 +156,7 @@ def interleave(verified: Sequence[Verified], seconds: float, least: int = 3, mos
     """Time cases in turns, so that a busy moment of the machine falls on all of them.
 
     Each case gets about `seconds`: a slow one runs `least` times, a fast one up to `most`, spread evenly over the
-    rounds. Verifying was the warm-up of a slow case; the others run once more, and that run is thrown away.
+    rounds. Verifying was the warm-up of a case that takes seconds; the others run once more, and that run is thrown away.
 
     Args:
         verified: cases, each verified.
@@ -166,7 +170,7 @@ def interleave(verified: Sequence[Verified], seconds: float, least: int = 3, mos
     counts = []
     for entry in verified:
         once = entry.seconds
-        if once < seconds:
+        if once < WARM_AGAIN_BELOW:
             once = min(once, sum(lap.wall for lap in entry.case.time()))
         counts.append(min(most, max(least, int(seconds / max(once, 1e-9)))))
     rounds = max(counts)

@@ -8,7 +8,6 @@ import argparse
 import platform
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +16,9 @@ import torch
 from benchmarks import results
 from benchmarks.measure import Disagreement, Summary, Times, Verified, interleave, peak_memory, verify
 from benchmarks.peers import PEERS, usable
-from benchmarks.scan_cases import OURS, ScanCase, Spec, expected, forget_inputs, memory_probe
+from benchmarks.scan_cases import OURS, Spec, expected, forget_inputs, memory_probe
 from benchmarks.shapes import LENGTHS, MAIN, MEMORY, QUADRATIC, QUICK, QUICK_LENGTHS, Shape
-from benchmarks.worker import ENVIRONMENTS, RemoteCase, Worker
+from benchmarks.worker import Workers
 
 OP = "selective_scan"
 PARTS = ("shapes", "quadratic", "lengths", "memory")
@@ -51,37 +50,33 @@ class Settings:
     seconds: float
     quick: bool
     peers: tuple[str, ...]
+    environments: tuple[str, ...]  # tags of worker.ENVIRONMENTS that mean something here
 
 
 class Session:
     """Collects and prints the rows of one run."""
 
-    def __init__(self, settings: Settings, environment: results.Environment, workers: dict[str, Worker]):
+    def __init__(self, settings: Settings, environment: results.Environment, workers: Workers):
         self.settings, self.environment, self.workers = settings, environment, workers
         self.rows: list[results.Row] = []
         self.wrong: list[Spec] = []
 
     def measure(self, specs: Sequence[Spec], threads: Iterable[int], most: int = 40) -> None:
         """Verify each spec, then time all of them in turns, once for each number of threads."""
-        torch.set_num_threads(max(self.settings.threads))
+        self.workers.threads = max(self.settings.threads)
         verified = self._verify(specs)
-        for count in threads:
-            torch.set_num_threads(count)
-            for worker in self.workers.values():
-                worker.ask("threads", count)
+        for count in threads if verified else ():
+            self.workers.threads = count
             times = interleave(verified, self.settings.seconds, most=most)
             for entry, sample in zip(verified, times, strict=True):
                 self._record(entry, sample, count)
-        for worker in self.workers.values():
-            worker.ask("forget")
+        self.workers.forget()
         forget_inputs()
 
     def _verify(self, specs: Sequence[Spec]) -> list[Verified]:
         right: dict[Spec, dict[str, torch.Tensor]] = {}
         verified = []
         for spec in specs:
-            worker = next((self.workers[tag] for tag in spec.tags if tag in self.workers), None)
-            case = RemoteCase(worker, spec) if worker else ScanCase(spec)
             channels = None
             if spec.shape.seqlen > FULL_VERIFICATION:
                 channels = slice(0, None, max(1, spec.shape.dim // 4))
@@ -90,7 +85,7 @@ class Session:
                 right[oracle] = expected(oracle, channels)
             wanted = {name: value for name, value in right[oracle].items() if name == "out" or name in spec.wrt}
             try:
-                entry = verify(case, wanted, channels)
+                entry = verify(self.workers.case(spec), wanted, channels)
             except Disagreement as wrong:
                 self.wrong.append(spec)
                 print(f"error: {wrong}", file=sys.stderr, flush=True)
@@ -144,11 +139,11 @@ def measure_shapes(session: Session, shapes: Sequence[Shape]) -> None:
     settings = session.settings
     for shape in shapes:
         specs = [_ours(settings, shape, *variant) for variant in VARIANTS]
-        specs += [_ours(settings, shape, way, tag) for tag in session.workers for way in ("fwd", "fwdbwd")]
+        specs += [_ours(settings, shape, way, tag) for tag in settings.environments for way in ("fwd", "fwdbwd")]
         for name in settings.peers:
             linear = PEERS[name].linear_backward
             variants = [("channels-first",) if name == "plain C++" else ()]
-            if linear and KEPT in session.workers:
+            if linear and KEPT in settings.environments:
                 variants.append((KEPT,))
             for tags in variants:
                 specs += [Spec(shape, way, name, tags, settings.device) for way in ("fwd", "fwdbwd")[: 1 + linear]]
@@ -169,7 +164,7 @@ def measure_quadratic(session: Session, shapes: Sequence[Shape]) -> None:
 def measure_lengths(session: Session, shapes: Sequence[Shape]) -> None:
     """Time against seqlen, ssmtune alone."""
     for shape in shapes:
-        variants = [(), (KEPT,)] if KEPT in session.workers else [()]
+        variants = [(), (KEPT,)] if KEPT in session.settings.environments else [()]
         specs = [_ours(session.settings, shape, way, *tags) for tags in variants for way in ("fwd", "fwdbwd")]
         session.measure(specs, session.settings.threads[:1], most=15)
 
@@ -221,9 +216,8 @@ def run(
     for name, why in missing.items():
         print(f"  left out: {name}: {why}")
     threads = (1, 2) if torch.get_num_threads() > 1 else (1,)
-    settings = Settings(device, backend, threads, 0.05 if quick else 0.5, quick, tuple(there))
-    with ExitStack() as stack:
-        workers = {tag: stack.enter_context(Worker(ENVIRONMENTS[tag])) for tag in _environments(backend)}
+    settings = Settings(device, backend, threads, 0.05 if quick else 0.5, quick, tuple(there), _environments(backend))
+    with Workers() as workers:
         session = Session(settings, environment, workers)
         for part in parts:
             print(part)
@@ -248,14 +242,11 @@ def _measure_part(session: Session, part: str) -> None:
         measure_memory(session, MAIN[0] if quick else MEMORY)
 
 
-def _environments(backend: str) -> list[str]:
-    """Tags of the worker processes that mean something here."""
+def _environments(backend: str) -> tuple[str, ...]:
     from ssmtune import native
 
-    if backend != "cpu":
-        return []
-    wider = ["avx2"] if native.cpu_capability() == "avx512" else []
-    return wider + ([KEPT] if platform.libc_ver()[0] == "glibc" else [])
+    wider = ("avx2",) if backend == "cpu" and native.cpu_capability() == "avx512" else ()
+    return wider + ((KEPT,) if backend == "cpu" and platform.libc_ver()[0] == "glibc" else ())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

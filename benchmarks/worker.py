@@ -1,4 +1,7 @@
-"""Cases in a process of their own, for what is fixed when a process starts: instruction set and memory allocator."""
+"""Cases in processes of their own: one for each backend, so that none runs in a heap that another has left behind.
+
+What is fixed when a process starts, the instruction set and the memory allocator, has a tag of its own.
+"""
 
 import multiprocessing
 import os
@@ -33,13 +36,12 @@ def _serve(connection: Connection) -> None:
     cases: dict[Spec, ScanCase] = {}
     while True:
         try:
-            order, *arguments = connection.recv()
+            order, threads, *arguments = connection.recv()
         except EOFError:
             return
         try:
-            if order == "threads":
-                answer = torch.set_num_threads(*arguments)
-            elif order == "forget":
+            torch.set_num_threads(threads)
+            if order == "forget":
                 cases.clear()
                 answer = forget_inputs()
             else:
@@ -64,54 +66,87 @@ def _changed(variables: dict[str, str]) -> Iterator[None]:
 
 
 class Worker:
-    """A process started with some environment variables; a context manager."""
+    """A process that runs cases, started with some environment variables."""
 
     def __init__(self, environment: dict[str, str]):
         self.environment = environment
-
-    def __enter__(self) -> "Worker":
-        context = multiprocessing.get_context("spawn")
+        # a fork of a server that has imported torch starts at once, but it has the variables of that server
+        context = multiprocessing.get_context("spawn" if environment else "forkserver")
+        if not environment:
+            context.set_forkserver_preload([ScanCase.__module__])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _changed(self.environment):
+        with _changed(environment):
             self.process.start()
         theirs.close()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-        self.process.join()
-
-    def ask(self, *order: object) -> object:
+    def ask(self, order: str, threads: int, *arguments: object) -> object:
         """Have the process do something, and wait for the answer.
 
         Raises:
             RuntimeError: the process died.
         """
         try:
-            self.connection.send(order)
+            self.connection.send((order, threads, *arguments))
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
-            variables = " ".join(f"{name}={value}" for name, value in self.environment.items())
+            variables = "".join(f"{name}={value} " for name, value in self.environment.items())
             raise RuntimeError(
-                f"the process with {variables} died.\n  Run `{variables} python -m ssmtune env` to see why."
+                f"the process of {arguments[:1]} died, most likely for want of memory.\n"
+                f"  Measure fewer --parts, or run `{variables}python -m ssmtune env` to see whether it starts at all."
             ) from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def close(self) -> None:
+        """End the process."""
+        self.connection.close()
+        self.process.join()
+
 
 class RemoteCase:
     """A spec that runs in a worker; measured there, so that the pipe costs nothing."""
 
-    def __init__(self, worker: Worker, spec: Spec):
-        self.worker, self.spec = worker, spec
+    def __init__(self, workers: "Workers", worker: Worker, spec: Spec):
+        self.workers, self.worker, self.spec = workers, worker, spec
         self.label = f"{spec.backend} {spec.direction} {spec.shape} {spec.variant}"
         self.stages = ("fwd", "bwd") if spec.wrt else ("fwd",)
 
     def time(self) -> list[Lap]:
-        return self.worker.ask("time", self.spec, None)
+        return self.worker.ask("time", self.workers.threads, self.spec, None)
 
     def values(self, channels: slice | None = None) -> tuple[dict[str, Tensor], float]:
-        values, seconds = self.worker.ask("values", self.spec, channels)
+        values, seconds = self.worker.ask("values", self.workers.threads, self.spec, channels)
         return {name: torch.from_numpy(value) for name, value in values.items()}, seconds
+
+
+class Workers:
+    """One process for each backend and environment, started when its first case is asked for; a context manager.
+
+    Attributes:
+        threads: PyTorch threads of what they run next.
+    """
+
+    def __init__(self) -> None:
+        self.threads = 1
+        self._running: dict[tuple[str, str], Worker] = {}
+
+    def case(self, spec: Spec) -> RemoteCase:
+        """A spec made ready to run in the process that it belongs to."""
+        tag = next((tag for tag in spec.tags if tag in ENVIRONMENTS), "")
+        if (spec.backend, tag) not in self._running:
+            self._running[spec.backend, tag] = Worker(ENVIRONMENTS.get(tag, {}))
+        return RemoteCase(self, self._running[spec.backend, tag], spec)
+
+    def forget(self) -> None:
+        """Free the cases and inputs of every process."""
+        for worker in self._running.values():
+            worker.ask("forget", self.threads)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._running.values():
+            worker.close()

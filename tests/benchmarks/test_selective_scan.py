@@ -8,7 +8,7 @@ from benchmarks import results, selective_scan
 from benchmarks.measure import verify
 from benchmarks.scan_cases import ScanCase, Spec, expected, memory_probe
 from benchmarks.shapes import FROZEN, Shape
-from benchmarks.worker import ENVIRONMENTS, RemoteCase, Worker
+from benchmarks.worker import ENVIRONMENTS, RemoteCase, Worker, Workers
 from ssmtune import native
 
 TINY = Shape(1, 16, 20, 8)
@@ -22,9 +22,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(selective_scan, "QUADRATIC", (TINY,))
     monkeypatch.setattr(selective_scan, "QUICK_LENGTHS", (Shape(1, 8, 70, 8),))
     monkeypatch.setattr(selective_scan, "FULL_VERIFICATION", 64)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    monkeypatch.setattr(Workers, "case", lambda workers, spec: ScanCase(spec))  # no other processes
 
 
 def test_run_writes_a_tidy_row_for_every_number(tiny, tmp_path, capsys):
@@ -104,23 +102,26 @@ def test_memory_probe_yields_before_the_work():
 
 
 @pytest.mark.skipif(not native.is_loaded(), reason="the compiled kernels are not built")
-def test_worker_runs_the_kernels_at_the_capability_asked_for():
-    spec = Spec(TINY, "fwdbwd", "cpu", ("full", "default"))
-    with Worker({"SSMTUNE_CPU_CAPABILITY": "default", **ENVIRONMENTS["memory-kept"]}) as worker:
-        worker.ask("threads", 1)
-        case = RemoteCase(worker, spec)
+def test_workers_run_the_kernels_in_the_environment_asked_for(monkeypatch):
+    spec = Spec(TINY, "fwdbwd", "cpu", ("full", "slow"))
+    monkeypatch.setitem(ENVIRONMENTS, "slow", {"SSMTUNE_CPU_CAPABILITY": "default", "MALLOC_MMAP_MAX_": "0"})
+    with Workers() as workers:
+        case = workers.case(spec)
+        assert workers.case(spec).worker is case.worker
         assert set(verify(case, expected(spec.oracle())).errors) == {"out", *spec.wrt}
         few = slice(0, None, 4)
         assert set(verify(case, expected(spec.oracle(), few), few).errors) == {"out", "u", "delta", "z"}
         assert [lap.wall > 0 for lap in case.time()] == [True, True]
         with pytest.raises(KeyError):
-            RemoteCase(worker, Spec(TINY, "fwd", "no such peer")).time()
+            RemoteCase(workers, case.worker, Spec(TINY, "fwd", "no such peer")).time()
+        workers.forget()
     assert "MALLOC_MMAP_MAX_" not in os.environ
 
 
 def test_worker_that_dies_says_how_to_see_why():
-    with Worker({"SSMTUNE_CPU_CAPABILITY": "no-such"}) as worker:
-        worker.process.terminate()
-        worker.process.join()
-        with pytest.raises(RuntimeError, match="python -m ssmtune env"):
-            worker.ask("threads", 1)
+    worker = Worker({})
+    worker.process.terminate()
+    worker.process.join()
+    with pytest.raises(RuntimeError, match="python -m ssmtune env"):
+        worker.ask("forget", 1)
+    worker.close()
