@@ -30,7 +30,7 @@ SKIPPED_FILES = {"_pydecimal.py", "_pydatetime.py", "_pyio.py", "pydoc_data"}
 TEST_PER_PACKAGE = 32
 DEV_PER_PACKAGE = 16
 TRAIN_PER_PACKAGE = 120
-PACKAGE_WORDS = (5, 40)
+PACKAGE_WORDS = (5, 24)
 CONTINUATION_WORDS = (24, 80)
 
 
@@ -108,7 +108,7 @@ def _without_near_duplicates(docstrings: list[Docstring]) -> list[Docstring]:
 def package_task(root: Path | None = None) -> ChoiceTask:
     """`docstring-package`: which of eight packages does a docstring document?
 
-    The first 40 words of each docstring of at least five words. The eight names themselves are blanked out as words
+    The first 24 words of each docstring of at least five words. The eight names themselves are blanked out as words
     (they would answer the question); longer identifiers such as HTTPServer stay. Near-duplicates are dropped. All
     docstrings of one top-level class or function are in the same split. Dev and test have the same number of each
     package.
