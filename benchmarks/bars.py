@@ -1,19 +1,24 @@
 """What the kernels are held to: each bar is a ratio of two numbers of one run, and a limit."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 from benchmarks.results import Row, latest
+from benchmarks.worker import KEPT
 
 Sizes = tuple[int, int, int]
 
 
 class Run:
-    """The rows of one run, looked up by what they measured."""
+    """The rows of one run, looked up by what they measured.
 
-    def __init__(self, rows: Iterable[Row]):
-        self.rows = list(rows)
+    With `kept`, those that were measured with memory kept between calls, under the same names; without, all others.
+    """
+
+    def __init__(self, rows: Iterable[Row], kept: bool = False):
+        chosen = [row for row in rows if (KEPT in row.variant.split()) == kept]
+        self.rows = [replace(row, variant=row.variant.replace(KEPT, "").strip() or "default") for row in chosen]
         self._medians = {
             (row.pass_, row.backend, (row.batch, row.dim, row.seqlen), row.threads, row.variant, row.metric): row.median
             for row in self.rows
@@ -68,14 +73,14 @@ def _divide(pairs: Iterable[tuple[float | None, float | None]]) -> list[float]:
     return [above / below for above, below in pairs if above is not None and below]
 
 
-def _against(direction: str, *peers: str, variant: str = "default") -> Callable[[Run], list[float]]:
+def _against(direction: str, *peers: str) -> Callable[[Run], list[float]]:
     def ratios(run: Run) -> list[float]:
         pairs = []
         for peer in peers:
+            variant = "channels-first" if peer == "plain C++" else "default"
             for sizes, threads in run.settings("cpu", peer):
-                ours = run.time(direction, "cpu", sizes, threads, variant)
-                theirs = "channels-first" if peer == "plain C++" else variant
-                pairs.append((run.time(direction, peer, sizes, threads, theirs), ours))
+                ours = run.time(direction, "cpu", sizes, threads)
+                pairs.append((run.time(direction, peer, sizes, threads, variant), ours))
         return _divide(pairs)
 
     return ratios
@@ -105,21 +110,17 @@ def _two_threads(run: Run) -> list[float]:
     )
 
 
-def _growth(variant: str) -> Callable[[Run], list[float]]:
+def _growth(run: Run) -> list[float]:
     """d log(time) / d log(seqlen) by least squares, forward and forward + backward: 1 is linear, 2 is quadratic."""
-
-    def exponents(run: Run) -> list[float]:
-        found = []
-        for direction in ("fwd", "fwdbwd"):
-            points = [
-                (log(sizes[2]), log(time))
-                for sizes, threads in run.settings("cpu")
-                if sizes[:2] == (1, 1536) and threads == 1 and (time := run.time(direction, "cpu", sizes, 1, variant))
-            ]
-            if max((x for x, _ in points), default=0) >= log(65_536):
-                found.append(_slope(points))
-        return found
-
+    exponents = []
+    for direction in ("fwd", "fwdbwd"):
+        points = [
+            (log(sizes[2]), log(time))
+            for sizes, threads in run.settings("cpu")
+            if sizes[:2] == (1, 1536) and threads == 1 and (time := run.time(direction, "cpu", sizes, 1))
+        ]
+        if max((x for x, _ in points), default=0) >= log(65_536):
+            exponents.append(_slope(points))
     return exponents
 
 
@@ -184,16 +185,6 @@ BARS = (
     Bar(SCAN, "forward, against plain C++ loops", _against("fwd", "plain C++"), at_least=4.5),
     Bar(SCAN, "forward + backward, against mambapy", _against("fwdbwd", "mambapy"), at_least=50),
     Bar(SCAN, "forward + backward, against the unbind loop", _against("fwdbwd", "unbind loop"), at_least=50),
-    Bar(
-        SCAN,
-        "memory kept: forward, against mambapy and the unbind loop",
-        _against("fwd", "mambapy", "unbind loop", variant="memory-kept"),
-    ),
-    Bar(
-        SCAN,
-        "memory kept: forward + backward, against mambapy and the unbind loop",
-        _against("fwdbwd", "mambapy", "unbind loop", variant="memory-kept"),
-    ),
     Bar(SCAN, "backward / forward", _backward_over_forward, at_most=2.2),
     Bar(SCAN, "two threads against one", _two_threads, at_least=1.8),
     Bar(SCAN, "channels-first / channels-last", _variant("channels-first", "fwd", "fwdbwd"), at_most=1.3),
@@ -202,8 +193,7 @@ BARS = (
     Bar(SCAN, "state offset / none, forward + backward", _variant("state-offset", "fwdbwd"), at_most=1.1),
     Bar(SCAN, "initial state / none, forward", _variant("initial-state", "fwd"), at_most=1.1),
     Bar(SCAN, "initial state / none, forward + backward", _variant("initial-state", "fwdbwd"), at_most=1.1),
-    Bar(SCAN, "growth with seqlen, 512 to 65,536: exponent", _growth("default"), at_most=1.05, unit=""),
-    Bar(SCAN, "growth with seqlen, memory kept: exponent", _growth("memory-kept"), unit=""),
+    Bar(SCAN, "growth with seqlen, 512 to 65,536: exponent", _growth, at_most=1.05, unit=""),
     Bar(SCAN, "peak memory of forward + backward", _peak, at_most=5, unit=" tensors"),
     Bar(SCAN, "error against float64 / that of PyTorch in float32", _errors, at_most=4),
     Bar(SCAN, "all gradients / those of frozen weights", _variant("full", "fwdbwd")),
@@ -231,8 +221,8 @@ BARS = (
 )
 
 
-def judge(rows: Iterable[Row]) -> list[tuple[Bar, list[float]]]:
-    """Each bar with its ratios in the last run of its operator."""
+def judge(rows: Iterable[Row], kept: bool = False) -> list[tuple[Bar, list[float]]]:
+    """Each bar with its ratios in the last run of its operator, with memory kept between calls or without."""
     rows = list(rows)
-    runs = {op: Run(latest(rows, op)) for op in (SCAN, STEP)}
+    runs = {op: Run(latest(rows, op), kept) for op in (SCAN, STEP)}
     return [(bar, bar.ratios(runs[bar.op])) for bar in BARS]

@@ -156,7 +156,7 @@ def interleave(verified: Sequence[Verified], seconds: float, least: int = 3, mos
     """Time cases in turns, so that a busy moment of the machine falls on all of them.
 
     Each case gets about `seconds`: a slow one runs `least` times, a fast one up to `most`, spread evenly over the
-    rounds. Verifying was the warm-up of a case that takes seconds; the others run once more, and that run is thrown away.
+    rounds. Verifying was the warm-up of a case that takes seconds; the others run once more, which does not count.
 
     Args:
         verified: cases, each verified.

@@ -42,6 +42,20 @@ class Spec:
         return " ".join(self.tags) or "default"
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.backend} {self.direction} {self.shape} {self.variant}"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What one run consists of."""
+        return ("fwd",) if self.direction == "fwd" else ("fwd", "bwd")
+
+    def case(self) -> "ScanCase":
+        """Make it ready to run, here."""
+        return ScanCase(self)
+
+    @property
     def wrt(self) -> tuple[str, ...]:
         """Names of the inputs whose gradients are asked for."""
         if self.direction == "fwd":
@@ -86,8 +100,7 @@ class ScanCase:
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        self.label = f"{spec.backend} {spec.direction} {spec.shape} {spec.variant}"
-        self.stages = ("fwd", "bwd") if spec.wrt else ("fwd",)
+        self.label, self.stages = spec.label, spec.stages
         source = _channels_first if "channels-first" in spec.tags else _inputs
         inputs = source(spec.shape).with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
         inputs = inputs.to(spec.device).requiring(spec.wrt)

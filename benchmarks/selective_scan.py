@@ -18,11 +18,10 @@ from benchmarks.measure import Disagreement, Summary, Times, Verified, interleav
 from benchmarks.peers import PEERS, usable
 from benchmarks.scan_cases import OURS, Spec, expected, forget_inputs, memory_probe
 from benchmarks.shapes import LENGTHS, MAIN, MEMORY, QUADRATIC, QUICK, QUICK_LENGTHS, Shape
-from benchmarks.worker import Workers
+from benchmarks.worker import KEPT, Workers
 
 OP = "selective_scan"
 PARTS = ("shapes", "quadratic", "lengths", "memory")
-KEPT = "memory-kept"
 VARIANTS = (
     ("fwd",),
     ("fwdbwd",),
@@ -70,7 +69,7 @@ class Session:
             times = interleave(verified, self.settings.seconds, most=most)
             for entry, sample in zip(verified, times, strict=True):
                 self._record(entry, sample, count)
-        self.workers.forget()
+        self.workers.forget(forget_inputs)
         forget_inputs()
 
     def _verify(self, specs: Sequence[Spec]) -> list[Verified]:
@@ -139,16 +138,16 @@ def measure_shapes(session: Session, shapes: Sequence[Shape]) -> None:
     settings = session.settings
     for shape in shapes:
         specs = [_ours(settings, shape, *variant) for variant in VARIANTS]
-        specs += [_ours(settings, shape, way, tag) for tag in settings.environments for way in ("fwd", "fwdbwd")]
         for name in settings.peers:
-            linear = PEERS[name].linear_backward
-            variants = [("channels-first",) if name == "plain C++" else ()]
-            if linear and KEPT in settings.environments:
-                variants.append((KEPT,))
-            for tags in variants:
-                specs += [Spec(shape, way, name, tags, settings.device) for way in ("fwd", "fwdbwd")[: 1 + linear]]
+            tags = ("channels-first",) if name == "plain C++" else ()
+            directions = ("fwd", "fwdbwd") if PEERS[name].linear_backward else ("fwd",)
+            specs += [Spec(shape, direction, name, tags, settings.device) for direction in directions]
         if shape == shapes[0] and "unbind loop" in settings.peers:  # for its rounding errors of A, D and delta_bias
             specs.append(Spec(shape, "fwdbwd", "unbind loop", ("full",)))
+        if KEPT in settings.environments:
+            specs += [replace(spec, tags=(*spec.tags, KEPT)) for spec in specs]
+        if "avx2" in settings.environments:
+            specs += [_ours(settings, shape, direction, "avx2") for direction in ("fwd", "fwdbwd")]
         session.measure(specs, settings.threads)
 
 
@@ -216,7 +215,9 @@ def run(
     for name, why in missing.items():
         print(f"  left out: {name}: {why}")
     threads = (1, 2) if torch.get_num_threads() > 1 else (1,)
-    settings = Settings(device, backend, threads, 0.05 if quick else 0.5, quick, tuple(there), _environments(backend))
+    settings = Settings(
+        device, backend, threads, 0.05 if quick else 0.4, quick, tuple(there), _environments(backend, quick)
+    )
     with Workers() as workers:
         session = Session(settings, environment, workers)
         for part in parts:
@@ -242,11 +243,12 @@ def _measure_part(session: Session, part: str) -> None:
         measure_memory(session, MAIN[0] if quick else MEMORY)
 
 
-def _environments(backend: str) -> tuple[str, ...]:
+def _environments(backend: str, quick: bool) -> tuple[str, ...]:
+    """Tags of the processes of their own that mean something here."""
     from ssmtune import native
 
     wider = ("avx2",) if backend == "cpu" and native.cpu_capability() == "avx512" else ()
-    return wider + ((KEPT,) if backend == "cpu" and platform.libc_ver()[0] == "glibc" else ())
+    return wider if quick or platform.libc_ver()[0] != "glibc" else (*wider, KEPT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

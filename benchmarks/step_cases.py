@@ -3,7 +3,7 @@
 import gc
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 import ssmtune
 import ssmtune.tuners  # noqa: F401  peft takes seconds to import: once, before processes are forked from this module
-from benchmarks.measure import Disagreement, Lap, Verified, laps, verify
+from benchmarks.measure import Disagreement, Lap, laps, verify
 from benchmarks.peers.unbind_mixer import use_unbind_loop
 from benchmarks.scan_cases import OURS
 from ssmtune.methods import apply_method
@@ -43,15 +43,23 @@ class StepSpec:
     width: int = 768
     vocabulary: int = 1024
     dstate: int = 16
+    tags: tuple[str, ...] = ()
+
+    stages = ("fwd", "bwd")
 
     @property
     def variant(self) -> str:
-        """Method and depth as one entry of a table."""
-        return f"{self.method} {self.layers} layers"
+        """Method, depth and tags as one entry of a table."""
+        return " ".join((f"{self.method} {self.layers} layers", *self.tags))
 
     @property
     def label(self) -> str:
+        """What messages call it."""
         return f"{self.backend} training step {self.batch} x {self.seqlen} {self.variant}"
+
+    def case(self) -> "StepCase | GemmCase":
+        """Make it ready to run, here."""
+        return GemmCase(self) if self.backend == "gemm" else StepCase(self)
 
 
 @cache
@@ -80,7 +88,7 @@ def _model(spec: StepSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
 def build(spec: StepSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a spec, kept for the next step of the same one whatever its batch."""
     backend = "cpu" if spec.backend == "gemm" else spec.backend  # its layers are looked at, its scan does not matter
-    return _model(replace(spec, backend=backend, batch=0, seqlen=0), dtype)
+    return _model(replace(spec, backend=backend, batch=0, seqlen=0, tags=()), dtype)
 
 
 def forget_models() -> None:
@@ -92,17 +100,15 @@ def forget_models() -> None:
 class StepCase:
     """Forward and backward of a causal language model, without an optimizer."""
 
-    stages = ("fwd", "bwd")
-
     def __init__(self, spec: StepSpec, dtype: torch.dtype = torch.float32):
-        self.spec, self.label = spec, spec.label
+        self.spec, self.label, self.stages = spec, spec.label, spec.stages
         self.model = build(spec, dtype)
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(spec.vocabulary, (spec.batch, spec.seqlen), generator=generator)
         self.named = None
         if spec.backend in OURS:
             self.named = spec.backend if dtype == torch.float32 else "reference"
-        self.losses: list[float] = []
+        self._losses: list[float] = []
         self.logits: Tensor | None = None
 
     def backend(self) -> AbstractContextManager:
@@ -116,8 +122,12 @@ class StepCase:
         yield
         output.loss.backward()
         yield
-        self.losses.append(output.loss.item())
+        self._losses.append(output.loss.item())
         self.logits = output.logits.detach()
+
+    def losses(self) -> list[float]:
+        """The loss of each run so far."""
+        return self._losses
 
     def time(self) -> list[Lap]:
         self.model.zero_grad(set_to_none=True)
@@ -166,10 +176,8 @@ def products(model: nn.Module, tokens: Tensor) -> list[Product]:
 class GemmCase:
     """The matrix products of a step and nothing else: what no kernel of the scan can go below."""
 
-    stages = ("fwd", "bwd")
-
     def __init__(self, spec: StepSpec):
-        self.spec, self.label = spec, spec.label
+        self.spec, self.label, self.stages = spec, spec.label, spec.stages
         step = StepCase(spec)
         self.products = products(step.model, step.tokens)
         self.buffers: dict[tuple[str, int, int], Tensor] = {}
@@ -229,22 +237,15 @@ def verify_small(spec: StepSpec) -> None:
     forget_models()
 
 
-def warm(case: StepCase | GemmCase) -> Verified:
-    """Run a case once at full size, for the pages and buffers of the first time."""
-    start = time.perf_counter()
-    case.time()
-    return Verified(case, {}, time.perf_counter() - start)
-
-
-def check_losses(cases: list[StepCase]) -> None:
+def check_losses(cases: Sequence[StepCase]) -> None:
     """Every implementation and method starts from the same model, so every run of every one has the same loss.
 
     Raises:
         Disagreement: one has another loss than the first.
     """
-    first = cases[0].losses[0]
+    first = cases[0].losses()[0]
     for case in cases:
-        for loss in case.losses:
+        for loss in case.losses():
             if not abs(loss - first) <= LOSS_TOLERANCE * abs(first):
                 raise Disagreement(
                     f"{case.label}: the loss is {loss:.6f}, that of {cases[0].label} {first:.6f}.\n"

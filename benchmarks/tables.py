@@ -2,16 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.bars import SCAN, STEP, Run, Sizes, judge
+from benchmarks.bars import SCAN, STEP, Bar, Run, Sizes, judge
 from benchmarks.results import Row
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-KEPT = "memory-kept"
 PEERS = ("mambapy", "unbind loop", "transformers", "plain C++", "mamba_ssm")
 
 
@@ -29,43 +28,37 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _range(values: list[float]) -> str:
-    if not values:
-        return "not measured"
-    low, high = (f"{value:.3g}" for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
 def bar_table(rows: Iterable[Row]) -> str:
-    """Every ratio with its bar; a bar that is missed says so."""
-    words = {True: "holds", False: "**missed**", None: ""}
-    return markdown(
-        ("ratio", "measured", "bar", ""),
-        (
-            (bar.title, _range(ratios), bar.limit(), words[bar.holds(ratios)] if bar.limit() else "")
-            for bar, ratios in judge(rows)
-        ),
-    )
+    """Every ratio with its bar, for both allocators; a bar that is missed says so."""
+    rows = list(rows)
+    body = []
+    for (bar, usual), (_, kept) in zip(judge(rows), judge(rows, kept=True), strict=True):
+        body.append((bar.title, bar.limit(), _verdict(bar, usual), _verdict(bar, kept)))
+    return markdown(("ratio", "bar", "allocator as it comes", "memory kept"), body)
 
 
-def scan_table(run: Run, ours: str, variant: str = "default") -> str:
-    """Milliseconds of the scan at each shape, ssmtune and every peer that was timed in that variant."""
-    peers = [
-        peer
-        for peer in PEERS
-        if any(row.backend == peer and row.variant == _in_own_layout(peer, variant) for row in run.rows)
-    ]
+def _verdict(bar: Bar, ratios: list[float]) -> str:
+    if not ratios:
+        return ""
+    low, high = (f"{value:.3g}" for value in (min(ratios), max(ratios)))
+    spread = low if low == high else f"{low} to {high}"
+    if not bar.limit():
+        return spread
+    return f"{spread}, holds" if bar.holds(ratios) else f"**{spread}, missed**"
+
+
+def scan_table(run: Run, ours: str) -> str:
+    """Milliseconds of the scan at each shape, ssmtune and every peer."""
+    peers = [peer for peer in PEERS if run.settings(peer)]
     body = []
     for direction, title in (("fwd", "forward"), ("fwdbwd", "forward + backward")):
         for sizes, threads in _main_places(run, ours):
-            times = [run.time(direction, ours, sizes, threads, variant)]
-            times += [run.time(direction, peer, sizes, threads, _in_own_layout(peer, variant)) for peer in peers]
+            times = [run.time(direction, ours, sizes, threads)]
+            for peer in peers:
+                variant = "channels-first" if peer == "plain C++" else "default"
+                times.append(run.time(direction, peer, sizes, threads, variant))
             body.append((title, str(sizes), str(threads), *map(_number, times)))
     return markdown(("pass", "batch, dim, seqlen", "threads", "ssmtune", *peers), body)
-
-
-def _in_own_layout(peer: str, variant: str) -> str:
-    return "channels-first" if (peer, variant) == ("plain C++", "default") else variant
 
 
 def variant_table(run: Run, ours: str) -> str:
@@ -99,11 +92,10 @@ def length_table(run: Run, ours: str) -> str:
     """Time of one step against seqlen, on one thread."""
     body = []
     for sizes, threads in run.settings(ours):
-        if sizes[:2] != (1, 1536) or threads != 1:
-            continue
-        times = [run.time(way, ours, sizes, 1, variant) for variant in ("default", KEPT) for way in ("fwd", "fwdbwd")]
-        body.append((f"{sizes[2]:,}", *("" if time is None else f"{1e3 * time / sizes[2]:.2f}" for time in times)))
-    return markdown(("seqlen", "forward", "forward + backward", "memory kept: forward", "forward + backward"), body)
+        if sizes[:2] == (1, 1536) and threads == 1:
+            times = [run.time(direction, ours, sizes, 1) for direction in ("fwd", "fwdbwd")]
+            body.append((f"{sizes[2]:,}", *("" if time is None else f"{1e3 * time / sizes[2]:.2f}" for time in times)))
+    return markdown(("seqlen", "forward", "forward + backward"), body)
 
 
 def memory_table(run: Run) -> str:
@@ -141,36 +133,36 @@ def step_table(run: Run) -> str:
 def section(path: Path) -> str:
     """All tables of one device."""
     rows = results.read(path)
-    parts = []
+    text = [f"### {rows[0].device if rows else path.stem}\n", bar_table(rows)]
     for op in (SCAN, STEP):
-        run = Run(results.latest(rows, op))
-        if not run.rows:
-            continue
-        first = run.rows[0]
-        ours = next((name for name in ("cuda", "triton", "cpu", "reference") if run.settings(name)), "cpu")
-        where = f"{first.device}, torch {first.torch}, ssmtune {first.ssmtune} ({first.commit}), {first.timestamp[:10]}"
-        parts.append((op, run, ours, where))
-    text = [f"### {parts[0][1].rows[0].device}\n" if parts else f"### {path.stem}\n"]
-    text.append(bar_table(rows))
-    tables: dict[str, Callable[[Run, str], str]] = {
-        "Scan, ms": scan_table,
-        "Scan with memory kept between calls, ms": lambda run, ours: scan_table(run, ours, KEPT),
-        "What ssmtune's scan costs with other layouts, state inputs and gradients, ms": variant_table,
-        "transformers' own scan in training, ms: four times the time for twice the seqlen": quadratic_table,
-        "Microseconds for each step of a sequence, (1, 1536, seqlen), 1 thread": length_table,
-        "Peak memory of a scan above its inputs, in (batch, dim, seqlen) tensors": lambda run, ours: memory_table(run),
-    }
-    for op, run, ours, where in parts:
-        text.append(f"#### {op}\n\n`python -m benchmarks.{op}`: {where}\n")
-        if op == SCAN:
-            for title, table in tables.items():
-                text.append(f"{title}:\n\n{table(run, ours)}")
-        else:
-            threads = run.rows[0].threads
+        measured = results.latest(rows, op)
+        if measured:
+            first = measured[0]
             text.append(
-                f"Wall time of forward and backward, {threads} threads; memory above the model:\n\n{step_table(run)}"
+                f"#### {op}\n\n`python -m benchmarks.{op}`: {first.device}, torch {first.torch}, "
+                f"ssmtune {first.ssmtune} ({first.commit}), {first.timestamp[:10]}\n"
             )
+            text += _tables(op, Run(measured), Run(measured, kept=True))
     return "\n".join(text)
+
+
+def _tables(op: str, usual: Run, kept: Run) -> list[str]:
+    ours = next((name for name in ("cuda", "triton", "cpu", "reference") if usual.settings(name)), "cpu")
+    if op == STEP:
+        title = f"Wall time of forward and backward, {usual.rows[0].threads} threads; memory above the model"
+        parts = [(title, step_table(usual)), (f"{title}; memory kept between calls", step_table(kept))]
+    else:
+        parts = [
+            ("Scan, ms", scan_table(usual, ours)),
+            ("Scan with memory kept between calls, ms", scan_table(kept, ours)),
+            ("ssmtune with other layouts, state inputs and gradients, ms", variant_table(usual, ours)),
+            ("The same with memory kept between calls, ms", variant_table(kept, ours)),
+            ("transformers' own scan in training, ms", quadratic_table(usual, ours)),
+            ("Microseconds for each step of (1, 1536, seqlen), 1 thread", length_table(usual, ours)),
+            ("The same with memory kept between calls", length_table(kept, ours)),
+            ("Peak memory of a scan above its inputs, in (batch, dim, seqlen) tensors", memory_table(usual)),
+        ]
+    return [f"{title}:\n\n{table}" for title, table in parts if table.count("\n") > 2]
 
 
 def rewrite(readme: Path, folder: Path) -> None:

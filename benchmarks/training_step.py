@@ -5,6 +5,7 @@ and appends its rows to benchmarks/results/<device>.csv; with --quick it takes t
 """
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,20 +16,11 @@ import torch
 from benchmarks import results
 from benchmarks.measure import Disagreement, Summary, Verified, interleave, peak_memory
 from benchmarks.scan_cases import OURS
-from benchmarks.step_cases import (
-    GemmCase,
-    StepCase,
-    StepSpec,
-    check_losses,
-    forget_models,
-    memory_probe,
-    verify_small,
-    warm,
-)
+from benchmarks.step_cases import StepSpec, check_losses, memory_probe, verify_small
+from benchmarks.worker import KEPT, Workers
 
 OP = "training_step"
 METHODS = ("full", "state-offset", "lora")
-SLOW_RUNS = 3
 
 
 def groups(backend: str, quick: bool) -> list[list[StepSpec]]:
@@ -44,10 +36,13 @@ def groups(backend: str, quick: bool) -> list[list[StepSpec]]:
     def peers(batch: int, seqlen: int) -> list[StepSpec]:
         return [StepSpec(name, "full", batch, seqlen) for name in ("unbind loop", "mambapy")]
 
-    shallow = [replace(spec, layers=4) for spec in (StepSpec(backend, "full", 4, 512), *peers(4, 512))]
     if quick:
         return [[replace(spec, layers=2, width=64) for spec in (*ours(1, 64), *peers(1, 64))]]
-    return [[*ours(1, 512), *peers(1, 512)], ours(4, 512), shallow]
+    short = [*ours(1, 512), *peers(1, 512)]
+    if platform.libc_ver()[0] == "glibc":
+        short += [replace(spec, tags=(KEPT,)) for spec in short]
+    shallow = [replace(spec, layers=4) for spec in (StepSpec(backend, "full", 4, 512), *peers(4, 512))]
+    return [short, ours(4, 512), shallow]
 
 
 class Session:
@@ -59,13 +54,16 @@ class Session:
 
     def measure(self, specs: Sequence[StepSpec], seconds: float) -> None:
         """Time a group of verified specs in turns, and keep the times if all had the same loss."""
-        verified = []
-        for spec in specs:
-            case = GemmCase(spec) if spec.backend == "gemm" else StepCase(spec)
-            slow = spec.backend not in (*OURS, "gemm")
-            verified.append(Verified(case, {}, float("inf")) if slow else warm(case))
-        times = interleave(verified, seconds, least=SLOW_RUNS, most=15)
-        check_losses([entry.case for entry in verified if isinstance(entry.case, StepCase)])
+        with Workers() as workers:
+            workers.threads = self.threads
+            cases = [workers.case(spec) for spec in specs]
+            verified = []
+            for case in cases:
+                fast = case.spec.backend in (*OURS, "gemm")
+                once = sum(lap.wall for lap in case.time()) if fast else float("inf")
+                verified.append(Verified(case, {}, once))
+            times = interleave(verified, seconds, least=2, most=10)
+            check_losses([case for case in cases if case.spec.backend != "gemm"])
         for spec, sample in zip(specs, times, strict=True):
             for clock in ("cpu", "wall"):
                 for stage, name in (("fwd", "fwd"), ("bwd", "bwd"), ("total", "fwdbwd")):
@@ -80,7 +78,7 @@ class Session:
     def memory(self, specs: Sequence[StepSpec]) -> None:
         """Peak memory of a step above the model itself, gradients included, each in a process of its own."""
         for spec in specs:
-            if spec.backend == "gemm":
+            if spec.backend == "gemm" or spec.tags:
                 continue
             value = peak_memory(memory_probe, spec, threads=self.threads) / 2**20
             self.add(spec, "fwdbwd", "peak memory", "MiB", value)
@@ -137,7 +135,6 @@ def run(quick: bool = False, csv: Path | None = None, backend: str = "cpu") -> i
         print("time of forward and backward")
         for group in planned:
             session.measure(group, 0.3 if quick else 8.0)
-        forget_models()
         print("peak memory above the model")
         for group in planned:
             session.memory(group)

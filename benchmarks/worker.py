@@ -5,47 +5,62 @@ What is fixed when a process starts, the instruction set and the memory allocato
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Lap
-from benchmarks.scan_cases import ScanCase, Spec, forget_inputs
+from benchmarks.measure import Case, Lap
 
+KEPT = "memory-kept"
 ENVIRONMENTS = {
     "avx2": {"SSMTUNE_CPU_CAPABILITY": "avx2"},
-    # glibc gives every block above 32 MiB back at once, and the next one of that size is page after page of fresh zeros
-    "memory-kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
+    # glibc gives large blocks back at once, and the next one of that size is page after page of fresh zeros
+    KEPT: {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
 }
 """Environment variables of the processes in which the cases with that tag run."""
 
 
-def _run(cases: dict[Spec, ScanCase], order: str, spec: Spec, channels: slice | None) -> object:
+class Spec(Protocol):
+    """A case by name: hashable, and small enough to be sent to another process."""
+
+    backend: str
+    tags: tuple[str, ...]
+    label: str
+    stages: tuple[str, ...]
+
+    def case(self) -> Case:
+        """Make it ready to run, here."""
+
+
+def _obey(cases: dict[Spec, Case], order: str, *arguments: object) -> object:
+    if order == "forget":
+        (free,) = arguments
+        cases.clear()
+        return free()
+    spec, *rest = arguments
     if spec not in cases:
-        cases[spec] = ScanCase(spec)
-    if order == "time":
-        return cases[spec].time()
-    values, seconds = cases[spec].values(channels)
-    return {name: value.numpy() for name, value in values.items()}, seconds
+        cases[spec] = spec.case()
+    answer = getattr(cases[spec], order)(*rest)
+    if order == "values":
+        values, seconds = answer
+        return {name: value.numpy() for name, value in values.items()}, seconds
+    return answer
 
 
 def _serve(connection: Connection) -> None:
-    cases: dict[Spec, ScanCase] = {}
+    cases: dict[Spec, Case] = {}
     while True:
         try:
-            order, threads, *arguments = connection.recv()
+            threads, *order = connection.recv()
         except EOFError:
             return
         try:
             torch.set_num_threads(threads)
-            if order == "forget":
-                cases.clear()
-                answer = forget_inputs()
-            else:
-                answer = _run(cases, order, *arguments)
+            answer = _obey(cases, *order)
         except Exception as failure:  # raised again where the order was given
             answer = failure
         connection.send(answer)
@@ -68,32 +83,32 @@ def _changed(variables: dict[str, str]) -> Iterator[None]:
 class Worker:
     """A process that runs cases, started with some environment variables."""
 
-    def __init__(self, environment: dict[str, str]):
+    def __init__(self, environment: dict[str, str], preload: str):
         self.environment = environment
-        # a fork of a server that has imported torch starts at once, but it has the variables of that server
+        # a fork of a server that has imported everything starts at once, but it has the variables of that server
         context = multiprocessing.get_context("spawn" if environment else "forkserver")
         if not environment:
-            context.set_forkserver_preload([ScanCase.__module__])
+            context.set_forkserver_preload([preload])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         with _changed(environment):
             self.process.start()
         theirs.close()
 
-    def ask(self, order: str, threads: int, *arguments: object) -> object:
+    def ask(self, threads: int, order: str, *arguments: object) -> object:
         """Have the process do something, and wait for the answer.
 
         Raises:
             RuntimeError: the process died.
         """
         try:
-            self.connection.send((order, threads, *arguments))
+            self.connection.send((threads, order, *arguments))
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
             variables = "".join(f"{name}={value} " for name, value in self.environment.items())
             raise RuntimeError(
                 f"the process of {arguments[:1]} died, most likely for want of memory.\n"
-                f"  Measure fewer --parts, or run `{variables}python -m ssmtune env` to see whether it starts at all."
+                f"  Measure less at a time, or run `{variables}python -m ssmtune env` to see whether it starts at all."
             ) from None
         if isinstance(answer, Exception):
             raise answer
@@ -110,15 +125,18 @@ class RemoteCase:
 
     def __init__(self, workers: "Workers", worker: Worker, spec: Spec):
         self.workers, self.worker, self.spec = workers, worker, spec
-        self.label = f"{spec.backend} {spec.direction} {spec.shape} {spec.variant}"
-        self.stages = ("fwd", "bwd") if spec.wrt else ("fwd",)
+        self.label, self.stages = spec.label, spec.stages
 
     def time(self) -> list[Lap]:
-        return self.worker.ask("time", self.workers.threads, self.spec, None)
+        return self.worker.ask(self.workers.threads, "time", self.spec)
 
     def values(self, channels: slice | None = None) -> tuple[dict[str, Tensor], float]:
-        values, seconds = self.worker.ask("values", self.workers.threads, self.spec, channels)
+        values, seconds = self.worker.ask(self.workers.threads, "values", self.spec, channels)
         return {name: torch.from_numpy(value) for name, value in values.items()}, seconds
+
+    def losses(self) -> list[float]:
+        """Of a training step: the loss of each run so far."""
+        return self.worker.ask(self.workers.threads, "losses", self.spec)
 
 
 class Workers:
@@ -136,13 +154,13 @@ class Workers:
         """A spec made ready to run in the process that it belongs to."""
         tag = next((tag for tag in spec.tags if tag in ENVIRONMENTS), "")
         if (spec.backend, tag) not in self._running:
-            self._running[spec.backend, tag] = Worker(ENVIRONMENTS.get(tag, {}))
+            self._running[spec.backend, tag] = Worker(ENVIRONMENTS.get(tag, {}), type(spec).__module__)
         return RemoteCase(self, self._running[spec.backend, tag], spec)
 
-    def forget(self) -> None:
-        """Free the cases and inputs of every process."""
+    def forget(self, free: Callable[[], None]) -> None:
+        """Drop the cases of every process, and call a module-level function there that frees what they shared."""
         for worker in self._running.values():
-            worker.ask("forget", self.threads)
+            worker.ask(self.threads, "forget", free)
 
     def __enter__(self) -> "Workers":
         return self

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import results, selective_scan
 from benchmarks.measure import verify
-from benchmarks.scan_cases import ScanCase, Spec, expected, memory_probe
+from benchmarks.scan_cases import ScanCase, Spec, expected, forget_inputs, memory_probe
 from benchmarks.shapes import FROZEN, Shape
 from benchmarks.worker import ENVIRONMENTS, RemoteCase, Worker, Workers
 from ssmtune import native
@@ -114,14 +114,14 @@ def test_workers_run_the_kernels_in_the_environment_asked_for(monkeypatch):
         assert [lap.wall > 0 for lap in case.time()] == [True, True]
         with pytest.raises(KeyError):
             RemoteCase(workers, case.worker, Spec(TINY, "fwd", "no such peer")).time()
-        workers.forget()
+        workers.forget(forget_inputs)
     assert "MALLOC_MMAP_MAX_" not in os.environ
 
 
 def test_worker_that_dies_says_how_to_see_why():
-    worker = Worker({})
+    worker = Worker({}, "benchmarks.scan_cases")
     worker.process.terminate()
     worker.process.join()
     with pytest.raises(RuntimeError, match="python -m ssmtune env"):
-        worker.ask("forget", 1)
+        worker.ask(1, "forget", forget_inputs)
     worker.close()

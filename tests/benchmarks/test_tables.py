@@ -16,8 +16,8 @@ def time_row(
     return environment.row(Summary(value, value, value), variant=variant, metric=metric, unit="ms", **columns)
 
 
-def ratios_of(title, rows):
-    return next((bar.holds(ratios), ratios) for bar, ratios in judge(rows) if bar.title == title)
+def ratios_of(title, rows, kept=False):
+    return next((bar.holds(ratios), ratios) for bar, ratios in judge(rows, kept) if bar.title == title)
 
 
 def test_rows_survive_the_file(tmp_path):
@@ -95,6 +95,14 @@ def test_every_bar_can_be_judged_with_nothing_measured():
     assert len(judge([])) == len(BARS)
 
 
+def test_memory_kept_is_judged_apart():
+    rows = [time_row(1.0), time_row(1.5, variant="channels-first")]
+    rows += [time_row(2.0, variant="memory-kept"), time_row(2.2, variant="channels-first memory-kept")]
+    title = "channels-first / channels-last"
+    assert ratios_of(title, rows) == (False, [1.5])
+    assert ratios_of(title, rows, kept=True) == (True, [pytest.approx(1.1)])
+
+
 def step_rows():
     step = {"op": STEP, "dim": 768, "direction": "fwdbwd", "threads": 2}
     return [
@@ -119,13 +127,14 @@ def readme(tmp_path):
 def test_tables_are_rewritten_between_the_markers_and_show_misses(tmp_path, readme):
     rows = [time_row(1.0), time_row(40.0, backend="mambapy"), time_row(2.0, "bwd"), time_row(3.0, "fwdbwd")]
     rows.append(time_row(3.1, "fwdbwd", variant="full"))
+    rows += [time_row(0.5, variant="memory-kept"), time_row(30.0, backend="mambapy", variant="memory-kept")]
     results.append(tmp_path / "results" / "cpu.csv", rows + step_rows())
     tables.rewrite(readme, tmp_path / "results")
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert "| forward, against mambapy | 40 | >= 50x | **missed** |" in text
-    assert "| backward / forward | 2 | <= 2.2x | holds |" in text
-    assert "| AVX2 / AVX-512 | not measured | <= 1.6x |  |" in text
+    assert "| forward, against mambapy | >= 50x | **40, missed** | 60, holds |" in text
+    assert "| backward / forward | <= 2.2x | 2, holds |  |" in text
+    assert "| AVX2 / AVX-512 | <= 1.6x |  |  |" in text
     assert "| forward | (1, 1536, 512) | 1 | 1 | 40 |" in text
     assert "Test CPU, torch 2.13.0, ssmtune 0.1.0 (abc1234), 2026-01-02" in text
     tables.rewrite(readme, tmp_path / "results")

@@ -15,6 +15,7 @@ from benchmarks.step_cases import (
     products,
     verify_small,
 )
+from benchmarks.worker import Workers
 from ssmtune import ops
 
 TINY = StepSpec("reference", "full", 2, 12, layers=2, width=16, vocabulary=32, dstate=8)
@@ -61,7 +62,7 @@ def test_check_losses_refuses_another_model():
     first, second = StepCase(TINY), StepCase(replace(TINY, backend="unbind loop"))
     first.time(), second.time()
     check_losses([first, second])
-    second.losses.append(first.losses[0] * 1.001)
+    second.losses().append(first.losses()[0] * 1.001)
     with pytest.raises(Disagreement, match="cannot be compared"):
         check_losses([first, second])
 
@@ -92,6 +93,7 @@ def test_gemm_case_runs_forward_and_backward_products():
 def test_run_stores_times_and_memory(tmp_path, monkeypatch, capsys):
     groups = [[TINY, replace(TINY, backend="gemm"), replace(TINY, backend="unbind loop")]]
     monkeypatch.setattr(training_step, "groups", lambda backend, quick: groups)
+    monkeypatch.setattr(Workers, "case", lambda workers, spec: spec.case())  # no other processes
     monkeypatch.setattr(training_step, "peak_memory", lambda probe, spec, threads: 5 * 2**20)
     threads = torch.get_num_threads()
     try:
@@ -120,4 +122,5 @@ def test_memory_probe_yields_before_the_work_with_no_gradients_left_over():
 def test_groups_compare_like_with_like():
     for group in (*training_step.groups("cpu", False), *training_step.groups("cpu", True)):
         assert len({(spec.batch, spec.seqlen, spec.layers, spec.width) for spec in group}) == 1
+        assert len(set(group)) == len(group)
     assert len(training_step.groups("cpu", False)) == 3
