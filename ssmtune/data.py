@@ -111,7 +111,10 @@ def encode(tokenizer, example: Example, max_length: int | None = None, *, add_eo
     Too long an example loses the beginning of its prompt; only a target that does not fit by itself loses its end.
     """
     prompt = encode_prompt(tokenizer, example.prompt)
-    target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+    return _join(tokenizer, prompt, _tokens(tokenizer, example.target), max_length, add_eos)
+
+
+def _join(tokenizer, prompt: list[int], target: list[int], max_length: int | None, add_eos: bool) -> Encoded:
     if add_eos and tokenizer.eos_token_id is not None:
         target = [*target, tokenizer.eos_token_id]
     prompt_cut = target_cut = 0
@@ -127,9 +130,18 @@ def encode(tokenizer, example: Example, max_length: int | None = None, *, add_eo
 
 def encode_prompt(tokenizer, prompt: str, max_length: int | None = None) -> list[int]:
     """Tokens of a prompt, never none: an empty one becomes the token that starts or separates texts."""
-    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tokens = _tokens(tokenizer, prompt)
     if max_length is not None:
         tokens = tokens[-max_length:]
+    return _never_empty(tokenizer, tokens)
+
+
+def _tokens(tokenizer, text: str | list[str]) -> list:
+    """Tokens of a text, or of each of many: at once, which is several times as fast."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text != [] else []
+
+
+def _never_empty(tokenizer, tokens: list[int]) -> list[int]:
     if tokens:
         return tokens
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -168,7 +180,15 @@ class EncodedExamples:
 
 def encode_all(tokenizer, examples: Iterable[Example], max_length: int | None = None) -> EncodedExamples:
     """Encode examples for training."""
-    return EncodedExamples([encode(tokenizer, example, max_length) for example in examples])
+    examples = list(examples)
+    prompts = _tokens(tokenizer, [example.prompt for example in examples])
+    targets = _tokens(tokenizer, [example.target for example in examples])
+    return EncodedExamples(
+        [
+            _join(tokenizer, _never_empty(tokenizer, prompt), target, max_length, add_eos=True)
+            for prompt, target in zip(prompts, targets, strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True)

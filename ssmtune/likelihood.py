@@ -35,9 +35,12 @@ def target_losses(model: nn.Module, batch: Mapping[str, Tensor], base: nn.Module
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options).logits
     if not selects:
         logits = logits[:, positions + virtual_tokens(inner)]
-    return nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), labels[:, positions], ignore_index=IGNORED, reduction="none"
+    labels = labels[:, positions]
+    # two axes, the vocabulary last: with the vocabulary in the middle the softmax strides through memory
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
+    return losses.view_as(labels)
 
 
 def virtual_tokens(model: nn.Module) -> int:

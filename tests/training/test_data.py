@@ -14,6 +14,8 @@ class Characters:
 
     def __call__(self, text, add_special_tokens=True):
         assert not add_special_tokens
+        if isinstance(text, list):
+            return {"input_ids": [[ord(letter) for letter in one] for one in text]}
         return {"input_ids": [ord(letter) for letter in text]}
 
 
