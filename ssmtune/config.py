@@ -173,7 +173,7 @@ def find_recipe(path: str | Path) -> Path:
         if candidate in known:
             return RECIPES / candidate
     raise ConfigError(
-        f"config {path}: no such file and no built-in recipe of that name{nearest(str(path), known)}.\n"
+        f"config {path}: no such file and no built-in recipe of that name{nearest(str(path), known)}\n"
         f"  Built-in recipes: {', '.join(known) or 'none'}."
     )
 

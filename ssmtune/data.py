@@ -62,7 +62,7 @@ def load_examples(
         for _, column in [*prompt_parts, *target_parts]:
             if column is not None and column not in row:
                 raise ConfigError(
-                    f"{path}: {where} has no column {column!r}{nearest(column, row)}.\n"
+                    f"{path}: {where} has no column {column!r}{nearest(column, row)}\n"
                     f"  Its columns: {', '.join(map(str, row)) or 'none'}. Set --data.template and --data.target."
                 )
         prompt = _substitute(prompt_parts, row)
@@ -253,7 +253,7 @@ def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]
         return _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file)
     if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{nearest(file.name, siblings)}.\n  Check --data.path.")
+        raise ConfigError(f"{path}: no such file{nearest(file.name, siblings)}\n  Check --data.path.")
     return _hub_rows(str(path), split)
 
 

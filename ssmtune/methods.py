@@ -61,7 +61,7 @@ def get_method(name: str) -> Method:
         ConfigError: there is none; names the nearest.
     """
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{nearest(name, METHODS)}.\n  Methods: {', '.join(METHODS)}.")
+        raise ConfigError(f"unknown method {name!r}{nearest(name, METHODS)}\n  Methods: {', '.join(METHODS)}.")
     return METHODS[name]
 
 

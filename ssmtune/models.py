@@ -45,7 +45,7 @@ def resolve_model(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         known = builtin_models()
         raise ConfigError(
-            f"unknown model {name!r}{nearest(name, known)}.\n"
+            f"unknown model {name!r}{nearest(name, known)}\n"
             f"  Built in: {', '.join(known) or 'none'}. Else give a local directory, or a hub name such as "
             "state-spaces/mamba-130m-hf."
         )
@@ -224,7 +224,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     known = [member.value for member in PeftType]
     if kind not in known:
         raise ValueError(
-            f"{config_file}: unknown method {kind!r}{nearest(str(kind), known)}.\n"
+            f"{config_file}: unknown method {kind!r}{nearest(str(kind), known)}\n"
             "  It was written by another program, or by a newer version."
         )
     if not weights.is_file():
@@ -273,7 +273,7 @@ def _load_error(name: str, place: str, error: Exception) -> ValueError:
         return ConfigError(
             f"model {name!r} is neither built in nor a local directory, and could not be read from the hub.\n"
             f"  {reason}\n"
-            f"  Check the name and the network. Built in: {', '.join(known) or 'none'}{nearest(name, known)}."
+            f"  Check the name and the network. Built in: {', '.join(known) or 'none'}{nearest(name, known)}"
         )
     return ValueError(
         f"model {name!r} cannot be loaded from {place}.\n  {reason}\n"

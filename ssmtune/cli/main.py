@@ -38,10 +38,24 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="verb", metavar="<command>", required=True, title="commands")
     for verb in VERBS:
         import_module(f"ssmtune.cli.{verb}").add_parser(subparsers)
-        subparsers.choices[verb].add_argument(
+        command = subparsers.choices[verb]
+        command.add_argument(
             "--debug", action="store_true", help="show the traceback of an error instead of its message alone"
         )
+        command.set_defaults(command=command)
     return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; an option that does not exist is answered with the nearest that does."""
+    from ssmtune.config import nearest
+
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        options = [name for name in args.command._option_string_actions if name.startswith("--")]
+        args.command.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(option, options)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         status = import_module(f"ssmtune.cli.{args.verb}").run(args)
         sys.stdout.flush()

@@ -33,7 +33,7 @@ def load_task(
         ConfigError: there is no such task (names the nearest), or `data_dir` is missing or lacks files.
     """
     if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}{nearest(name, TASKS)}.\n  Tasks: {', '.join(TASKS)}.")
+        raise ConfigError(f"unknown task {name!r}{nearest(name, TASKS)}\n  Tasks: {', '.join(TASKS)}.")
     if name == "e2e":
         from ssmtune.tasks.e2e import e2e_task
 

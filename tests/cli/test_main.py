@@ -135,3 +135,10 @@ sys.exit(main.main(["env"]))
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+def test_a_mistyped_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--train.step", "3"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --train.step; did you mean '--train.steps'?" in capsys.readouterr().err
