@@ -55,8 +55,9 @@ class Settings:
 class Session:
     """Collects and prints the rows of one run."""
 
-    def __init__(self, settings: Settings, environment: results.Environment, workers: Workers):
-        self.settings, self.environment, self.workers = settings, environment, workers
+    def __init__(self, settings: Settings, environment: results.Environment):
+        self.settings, self.environment = settings, environment
+        self.workers = Workers()
         self.rows: list[results.Row] = []
         self.wrong: list[Spec] = []
 
@@ -218,10 +219,10 @@ def run(
     settings = Settings(
         device, backend, threads, 0.05 if quick else 0.4, quick, tuple(there), _environments(backend, quick)
     )
-    with Workers() as workers:
-        session = Session(settings, environment, workers)
-        for part in parts:
-            print(part)
+    session = Session(settings, environment)
+    for part in parts:
+        print(part)
+        with Workers() as session.workers:  # processes end, and their memory is free, with each part
             _measure_part(session, part)
     if csv or not quick:
         path = csv or results.default_file(environment.device)

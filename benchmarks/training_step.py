@@ -39,10 +39,12 @@ def groups(backend: str, quick: bool) -> list[list[StepSpec]]:
     if quick:
         return [[replace(spec, layers=2, width=64) for spec in (*ours(1, 64), *peers(1, 64))]]
     short = [*ours(1, 512), *peers(1, 512)]
-    if platform.libc_ver()[0] == "glibc":
-        short += [replace(spec, tags=(KEPT,)) for spec in short]
+    kept = [replace(spec, tags=(KEPT,)) for spec in short if spec.backend != "unbind loop"]
     shallow = [replace(spec, layers=4) for spec in (StepSpec(backend, "full", 4, 512), *peers(4, 512))]
-    return [short, ours(4, 512), shallow]
+    planned = [short, ours(4, 512), shallow]
+    if platform.libc_ver()[0] == "glibc":
+        planned.insert(1, kept)
+    return planned
 
 
 class Session:
