@@ -30,6 +30,7 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.selective_scan
 	$(PY) -m benchmarks.training_step
+	$(PY) -m benchmarks.tables
 
 # the GPU kernels compiled for sm_80, sm_90 and sm_100, without a GPU
 cuda-check: $(INSTALLED)
