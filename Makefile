@@ -39,7 +39,7 @@ cuda-check: $(INSTALLED)
 # on a machine with a GPU
 gpu-check: $(INSTALLED)
 	$(PY) -m pytest -q -m gpu
-	$(PY) -m benchmarks.selective_scan
+	$(PY) -m benchmarks.selective_scan --device cuda
 
 style: $(INSTALLED)
 	$(PY) -m ruff check --fix .

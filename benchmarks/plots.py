@@ -30,14 +30,17 @@ def draw(path: Path, target: Path) -> None:
             f"{path} has no times of {SCAN} on one thread.\n  Run python -m benchmarks.selective_scan first."
         )
     lines = _lines(rows)
+    backends = sorted({row.backend for row in rows})
+    dims = sorted({row.dim for row in rows})
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     for axes, direction in zip(figure.subplots(1, 2, sharey=True), TITLES, strict=True):
         for (backend, dim), points in lines[direction].items():
             points.sort(key=lambda row: row.seqlen)
             medians = [row.median for row in points]
             spread = [[row.median - row.p20 for row in points], [row.p80 - row.median for row in points]]
+            style = {"color": f"C{backends.index(backend)}", "marker": "osD^v"[dims.index(dim) % 5], "capsize": 2}
             label = f"{'ssmtune' if backend in ('cpu', 'reference') else backend}, dim {dim}"
-            axes.errorbar([row.seqlen for row in points], medians, spread, marker="o", capsize=2, label=label)
+            axes.errorbar([row.seqlen for row in points], medians, spread, label=label, **style)
         axes.set(xscale="log", yscale="log", xlabel="seqlen", title=TITLES[direction])
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)

@@ -67,9 +67,9 @@ class Environment:
         )
 
 
-def device_name() -> str:
+def device_name(device: str = "cpu") -> str:
     """The GPU's name, or the processor's with what tells two of one name apart."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     if not info.exists():
@@ -93,12 +93,12 @@ def _commit() -> str:
         return "unknown"
 
 
-def environment() -> Environment:
-    """The environment of a run that starts now."""
+def environment(device: str = "cpu") -> Environment:
+    """The environment of a run on a device that starts now."""
     import ssmtune
 
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Environment(device_name(), torch.__version__, ssmtune.__version__, _commit(), now)
+    return Environment(device_name(device), torch.__version__, ssmtune.__version__, _commit(), now)
 
 
 def default_file(device: str) -> Path:

@@ -210,8 +210,11 @@ def run(
     if reason is not None:
         print(f"error: backend {backend!r} cannot be measured: {reason}", file=sys.stderr)
         return 1
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"error: no GPU found (torch {torch.__version__}).\n  Leave out --device cuda.", file=sys.stderr)
+        return 1
     there, missing = usable(device)
-    environment = results.environment()
+    environment = results.environment(device)
     print(environment)
     for name, why in missing.items():
         print(f"  left out: {name}: {why}")

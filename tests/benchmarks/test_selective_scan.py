@@ -71,6 +71,21 @@ def test_run_refuses_a_backend_that_cannot_run(capsys):
     assert "backend 'cuda' cannot be measured" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_run_on_a_gpu_that_is_not_there_says_so(capsys):
+    assert selective_scan.main(["--quick", "--device", "cuda"]) == 1
+    assert "no GPU found" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_run_on_a_gpu_times_the_reference(tiny, tmp_path):
+    path = tmp_path / "out.csv"
+    assert selective_scan.run(quick=True, csv=path, device="cuda", parts=("shapes",)) == 0
+    rows = results.read(path)
+    assert "reference" in {row.backend for row in rows}
+    assert {row.device for row in rows} == {torch.cuda.get_device_name()}
+
+
 @pytest.mark.parametrize(
     ("direction", "tags", "wrt"),
     [
