@@ -48,7 +48,9 @@ class ComparisonConfig:
     seeds: int = 3
     steps: int = 300
     search_steps: int | None = None
-    lr_factors: list[float] = field(default_factory=lambda: [1 / 3, 1.0, 3.0])
+    # Upwards only: the default rates are those of thousands of steps on large models, and few steps on a small one want
+    # rates many times as high, most of all for the state-based methods.
+    lr_factors: list[float] = field(default_factory=lambda: [1.0, 8.0, 64.0])
     search_seeds: int = 1
     batch_size: int = 16
     warmup: float = 0.1

@@ -33,7 +33,7 @@ exit status: 0 done, 1 no method could be trained, 2 wrong usage or configuratio
 # The whole sweep takes a few minutes on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "steps": 100, "search_steps": 30, "seeds": 2, "batch_size": 16, "lr_factors": [1 / 3, 1.0, 3.0],
+        "steps": 120, "search_steps": 30, "seeds": 2, "batch_size": 16,
         "limit": {"dev": 64, "test": 256}, "evaluations": 4,
     },
 }
@@ -60,7 +60,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--search-seeds", type=int, metavar="N", help="runs per rate in the search (default: 1)")
     parser.add_argument(
         "--lr-grid", metavar="F,F",
-        help="factors on each method's default learning rate (default: 0.333,1,3); a single one: no search",
+        help="factors on each method's default learning rate (default: 1,8,64); a single one: no search",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"examples per step (default: {config.batch_size})")
     parser.add_argument("--warmup", type=float, metavar="X", help=f"share of the steps (default: {config.warmup})")
@@ -123,16 +123,15 @@ def _report(out: Path) -> int:
     print_report(report)
     files = [report.markdown, report.html, report.table, *report.pictures[:1]]
     print(f"report   {', '.join(map(str, files[:3]))}" + (f", {files[3].parent}/" if len(files) > 3 else ""))
-    done = False
-    for task in report.summary.tasks:
-        folders = [out / "adapters" / task.name / row.name for row in task.ranked()]
-        best = next((folder for folder in folders if folder.is_dir()), None)
-        if best is not None and not done:
-            done = True
-            print(f"next     ssmtune generate {shlex.quote(str(best))} --prompt {shlex.quote(task.example)}")
-    if not done and report.summary.runs:
+    trained = [(task, row) for task in report.summary.tasks for row in task.ranked() if row.trainable]
+    for task, row in trained:
+        folder = out / "adapters" / task.name / row.name
+        if folder.is_dir():
+            print(f"next     ssmtune generate {shlex.quote(str(folder))} --prompt {shlex.quote(task.example)}")
+            break
+    if not trained and report.summary.runs:
         print("ssmtune: no method could be trained; the first errors are above", file=sys.stderr)
-    return 0 if done else 1
+    return 0 if trained else 1
 
 
 def _names(text: str | None) -> list[str] | None:
