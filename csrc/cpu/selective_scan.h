@@ -10,12 +10,21 @@ namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
 class ChannelBlocks {
  public:
   ChannelBlocks(const SelectiveScanParams& p, int64_t channel_begin, int64_t channel_end)
-      : channel_begin_(channel_begin), channel_end_(channel_end), dstate_(p.dstate), matrix_size_(p.padded_states() * kLanes) {}
+      : channel_begin_(channel_begin), channel_end_(channel_end), seqlen_(p.seqlen), dstate_(p.dstate),
+        matrix_size_(p.padded_states() * kLanes) {}
 
   int64_t count() const { return (channel_end_ - channel_begin_ + kLanes - 1) / kLanes; }
   int64_t channel(int64_t block) const { return channel_begin_ + block * kLanes; }
   int64_t lanes(int64_t block) const { return lanes_left(channel(block), channel_end_); }
   int64_t matrix_size() const { return matrix_size_; }
+
+  // Where the work goes on after the tile `at`: at `block` or, past the last one, at the first of the next chunk, `chunk_step`
+  // steps forward or back. Without lanes if there is no such chunk.
+  TilePosition next_tile(const TilePosition& at, int64_t block, int64_t chunk_step) const {
+    if (block < count()) return {at.batch, channel(block), lanes(block), at.time, at.steps};
+    const int64_t time = at.time + chunk_step;
+    return {at.batch, channel(0), time >= 0 && time < seqlen_ ? lanes(0) : 0, time, at.steps};
+  }
 
   void pack_matrix(const float* source, float* packed) const {
     for (int64_t i = 0; i < count(); ++i) {
@@ -58,7 +67,7 @@ class ChannelBlocks {
   }
 
  private:
-  int64_t channel_begin_, channel_end_, dstate_, matrix_size_;
+  int64_t channel_begin_, channel_end_, seqlen_, dstate_, matrix_size_;
 };
 
 // The step as the exponent wants it. With A <= 0 and steps >= 0 states decay; one that grows by more than 2^127 in a step, past

@@ -47,6 +47,50 @@ SSMTUNE_INLINE void finish_rows(const SequenceTensor& x, const TilePosition& at,
   if (x.data && !rows.direct) write_tile(x, at, rows.data, rows.stride);
 }
 
+// Fetches the tiles that are needed next, a few lines at each step of the loop over this one: rows of a tile lie too far
+// apart for the hardware to see a pattern, and all at once they would wait for each other.
+template <int kTensors>
+class Prefetch {
+ public:
+  // The tile `at` of tensors that may be missing. A position without lanes is none.
+  Prefetch(const SequenceTensor* const (&tensors)[kTensors], const TilePosition& at) {
+    for (int i = 0; i < kTensors; ++i) {
+      const SequenceTensor& x = *tensors[i];
+      if (!x.data || at.lanes <= 0) {
+        lines_[i] = {reinterpret_cast<const char*>(this), 0, 0, 0};
+        continue;
+      }
+      const int64_t size = x.dtype == DType::kFloat32 ? 4 : 2, stride = x.stride * size;
+      const int64_t first = x.channels_last ? at.time * x.stride + at.channel : at.channel * x.stride + at.time;
+      const char* const data = static_cast<const char*>(x.data) + (at.batch * x.batch_stride + first) * size;
+      const int64_t last_line = kChunk * size / kLine - 1;  // of a channel in a chunk
+      if (x.channels_last) {
+        lines_[i] = {data, 0, stride, 0};
+      } else {
+        lines_[i] = {data, kLine, stride - last_line * kLine, last_line};
+      }
+    }
+  }
+
+  SSMTUNE_INLINE void step(int64_t t) {
+    SSMTUNE_UNROLL
+    for (int i = 0; i < kTensors; ++i) {
+      Lines& lines = lines_[i];
+      __builtin_prefetch(lines.next);
+      lines.next += (t & lines.mask) == lines.mask ? lines.outer : lines.inner;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Lines {
+    const char* next;
+    int64_t inner, outer;  // to the next line; and after every mask + 1 lines
+    int64_t mask;
+  };
+  Lines lines_[kTensors];
+};
+
 // A (channels, columns) matrix is a sequence of its columns with the columns next to each other.
 SSMTUNE_INLINE SequenceTensor matrix(const float* data, int64_t columns) {
   return {const_cast<float*>(data), DType::kFloat32, false, 0, columns};

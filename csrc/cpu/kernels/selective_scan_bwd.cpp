@@ -4,10 +4,7 @@
 namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
 namespace {
 
-// Blocks of channels worked on together: the lanes of dB and dC are added up once for all of them.
-inline constexpr int kBlocks = kLanes == 16 ? 2 : 1;
 inline constexpr int kStates = kStateGroup;
-static_assert(Partition::kUnit % (kBlocks * kLanes) == 0);
 
 // Sums over the channels, for one step and kStates states, kept as vectors until the end of a chunk: add_halves is left to
 // do where a vector is wider than that.
@@ -32,16 +29,12 @@ struct Workspace {
     for (float** sums : {&dB, &dC}) {
       *sums = p.dBC ? arena.take(kChunk * p.padded_states() / kStates * kSumFloats) : nullptr;
     }
-    for (int i = 0; i < kBlocks; ++i) {
-      for (float** tile : {&u[i], &delta[i], &z[i], &dout[i], &du[i], &ddelta[i], &dz[i]}) {
-        *tile = arena.take(kChunk * kLanes);
-      }
+    for (float** tile : {&u, &delta, &z, &dout, &du, &ddelta, &dz, &dt, &dtu, &slope, &dy, &gate_slope, &y, &sum_decay, &sum_input}) {
+      *tile = arena.take(kChunk * kLanes);
     }
-    constexpr int64_t kRows = kChunk * kBlocks * kLanes;
-    for (float** rows : {&dt, &dtu, &slope, &dy, &y, &sum_decay, &sum_input}) *rows = arena.take(kRows);
-    state_in = arena.take(kBlocks * p.padded_states() * kLanes);
-    decay = arena.take(kRows * kStates);
-    state = arena.take(kRows * kStates + kBlocks * kLanes * kStates);
+    state_in = arena.take(p.padded_states() * kLanes);
+    decay = arena.take(kChunk * kStates * kLanes);
+    state = arena.take((kChunk + 1) * kStates * kLanes);
   }
 
   // Of the task's channels.
@@ -49,22 +42,24 @@ struct Workspace {
   float *smallest_decay, *largest_decay, *D, *delta_bias, *output_offset, *dD, *ddelta_bias, *doutput_offset;
   // Of a chunk.
   float *B, *C, *dB, *dC;
-  // Of a tile: (steps, lanes) for tensors, (steps, blocks, lanes) for what is computed.
-  float *u[kBlocks], *delta[kBlocks], *z[kBlocks], *dout[kBlocks], *du[kBlocks], *ddelta[kBlocks], *dz[kBlocks];
-  float *dt, *dtu, *slope, *dy, *y;
+  // Of a tile.
+  float *u, *delta, *z, *dout, *du, *ddelta, *dz, *dt, *dtu, *slope, *dy, *y;
+  float* gate_slope;  // dz without its factor, the output
   float *sum_decay;  // sum over states of G a h_{t-1} A log2(e)
   float *sum_input;  // sum over states of G B
   float *state_in;
-  float *decay, *state;  // a_t and h_t of a group of states: (steps, blocks, states, lanes); state starts a step earlier
+  float *decay, *state;  // a_t and h_t of a group of states: (steps, states, lanes); state starts a step earlier
 };
 
-// kBlocks blocks of channels over one chunk. Pointers to matrices are those of the first block.
+// One block of channels over one chunk.
 struct Tile {
-  int64_t steps, padded_states, matrix_size;
+  int64_t steps, padded_states;
   const float *A, *offset;
   StateRows B, C;
   const float* state_in;
   float *carry, *dA;
+  Prefetch<4>* inputs;   // of the tile worked on next
+  Prefetch<3>* outputs;  // of this one
 };
 
 // Adds four vectors' lanes up as far as a vector of eight such sums goes.
@@ -84,60 +79,43 @@ template <bool kOutput, bool kOffset>
 __attribute__((noinline)) void recompute(const Tile& tile, const Workspace& w, int64_t n) {
   const float* const A = tile.A + n * kLanes;
   const float* const offset = kOffset ? tile.offset + n * kLanes : nullptr;
-  const float *const B = tile.B.data + n, *const C = tile.C.data + n;
-  const int64_t matrix_size = tile.matrix_size, B_stride = tile.B.stride, C_stride = tile.C.stride;
   const int64_t dC_stride = tile.padded_states / kStates * kSumFloats;
-  const float *dt = w.dt, *dtu = w.dtu, *dy = w.dy;
-  float *decay = w.decay, *state = w.state, *y = w.y;
-  float* dC_sums = w.dC ? w.dC + n / kStates * kSumFloats : nullptr;
+  float* dC = w.dC ? w.dC + n / kStates * kSumFloats : nullptr;
+  float *decay = w.decay, *state = w.state;
   const bool first = n == 0;
 
-  Vec h[kBlocks][kStates];
+  Vec h[kStates];
   SSMTUNE_UNROLL
-  for (int j = 0; j < kBlocks; ++j) {
-    SSMTUNE_UNROLL
-    for (int i = 0; i < kStates; ++i) {
-      h[j][i] = load(tile.state_in + j * matrix_size + (n + i) * kLanes);
-      store(state + (j * kStates + i) * kLanes, h[j][i]);
-    }
+  for (int i = 0; i < kStates; ++i) {
+    h[i] = load(tile.state_in + (n + i) * kLanes);
+    store(state + i * kLanes, h[i]);
   }
   for (int64_t t = 0; t < tile.steps; ++t) {
-    state += kBlocks * kStates * kLanes;
-    Vec dt_t[kBlocks], dtu_t[kBlocks], dy_t[kBlocks], output[kBlocks], dC[2];
-    SSMTUNE_UNROLL
-    for (int j = 0; j < kBlocks; ++j) {
-      dt_t[j] = load(dt + j * kLanes);
-      dtu_t[j] = load(dtu + j * kLanes);
-      dy_t[j] = load(dy + j * kLanes);
-      output[j] = kOutput && !first ? load(y + j * kLanes) : Vec{};
-    }
+    if (first) tile.inputs->step(t);
+    const Vec dt = load(w.dt + t * kLanes), dtu = load(w.dtu + t * kLanes), dy = load(w.dy + t * kLanes);
+    const float *const B = tile.B[t] + n, *const C = tile.C[t] + n;
+    state += kStates * kLanes;
+    Vec y = kOutput && !first ? load(w.y + t * kLanes) : Vec{};
+    Vec sums[2];
     SSMTUNE_UNROLL
     for (int four = 0; four < 2; ++four) {
       Vec terms[4];
       SSMTUNE_UNROLL
       for (int k = 0; k < 4; ++k) {
         const int i = 4 * four + k;
-        SSMTUNE_UNROLL
-        for (int j = 0; j < kBlocks; ++j) {
-          const Vec a = exp2(dt_t[j] * load(A + j * matrix_size + i * kLanes));
-          h[j][i] = a * h[j][i] + dtu_t[j] * B[t * B_stride + i];
-          store(decay + (j * kStates + i) * kLanes, a);
-          store(state + (j * kStates + i) * kLanes, h[j][i]);
-          const Vec seen = kOffset ? h[j][i] + load(offset + j * matrix_size + i * kLanes) : h[j][i];
-          const Vec term = dy_t[j] * seen;
-          terms[k] = j == 0 ? term : terms[k] + term;
-          if constexpr (kOutput) output[j] += seen * C[t * C_stride + i];
-        }
+        const Vec a = exp2(dt * load(A + i * kLanes));
+        h[i] = a * h[i] + dtu * B[i];
+        store(decay + i * kLanes, a);
+        store(state + i * kLanes, h[i]);
+        const Vec seen = kOffset ? h[i] + load(offset + i * kLanes) : h[i];
+        terms[k] = dy * seen;
+        if constexpr (kOutput) y += seen * C[i];
       }
-      dC[four] = sum_four(terms);
+      sums[four] = sum_four(terms);
     }
-    if (dC_sums) add_to_sums(dC_sums + t * dC_stride, dC[0], dC[1]);
-    if constexpr (kOutput) {
-      SSMTUNE_UNROLL
-      for (int j = 0; j < kBlocks; ++j) store(y + j * kLanes, output[j]);
-    }
-    decay += kBlocks * kStates * kLanes;
-    dt += kBlocks * kLanes, dtu += kBlocks * kLanes, dy += kBlocks * kLanes, y += kBlocks * kLanes;
+    decay += kStates * kLanes;
+    if constexpr (kOutput) store(w.y + t * kLanes, y);
+    if (dC) add_to_sums(dC + t * dC_stride, sums[0], sums[1]);
   }
 }
 
@@ -145,71 +123,48 @@ __attribute__((noinline)) void recompute(const Tile& tile, const Workspace& w, i
 template <bool kGradA>
 __attribute__((noinline)) void reverse(const Tile& tile, const Workspace& w, int64_t n) {
   const float* const A = tile.A + n * kLanes;
-  const float *const B = tile.B.data + n, *const C = tile.C.data + n;
-  const int64_t matrix_size = tile.matrix_size, B_stride = tile.B.stride, C_stride = tile.C.stride;
   const int64_t dB_stride = tile.padded_states / kStates * kSumFloats;
-  float* const dB_sums = w.dB ? w.dB + n / kStates * kSumFloats : nullptr;
+  float* const dB = w.dB ? w.dB + n / kStates * kSumFloats : nullptr;
   const bool first = n == 0;
 
-  Vec carry[kBlocks][kStates], dA[kBlocks][kStates];
+  Vec carry[kStates], dA[kStates];
   SSMTUNE_UNROLL
-  for (int j = 0; j < kBlocks; ++j) {
-    SSMTUNE_UNROLL
-    for (int i = 0; i < kStates; ++i) {
-      const int64_t at = j * matrix_size + (n + i) * kLanes;
-      carry[j][i] = load(tile.carry + at);
-      if constexpr (kGradA) dA[j][i] = load(tile.dA + at);
-    }
+  for (int i = 0; i < kStates; ++i) {
+    carry[i] = load(tile.carry + (n + i) * kLanes);
+    if constexpr (kGradA) dA[i] = load(tile.dA + (n + i) * kLanes);
   }
   for (int64_t t = tile.steps - 1; t >= 0; --t) {
-    const int64_t row = t * kBlocks * kLanes;
-    const float* const decay = w.decay + row * kStates;
-    const float* const previous = w.state + row * kStates;
-    float *const sum_decay = w.sum_decay + row, *const sum_input = w.sum_input + row;
-    Vec dt[kBlocks], dtu[kBlocks], dy[kBlocks], decay_terms[kBlocks], input_terms[kBlocks], dB[2];
-    SSMTUNE_UNROLL
-    for (int j = 0; j < kBlocks; ++j) {
-      dt[j] = load(w.dt + row + j * kLanes);
-      dtu[j] = load(w.dtu + row + j * kLanes);
-      dy[j] = load(w.dy + row + j * kLanes);
-      decay_terms[j] = first ? Vec{} : load(sum_decay + j * kLanes);
-      input_terms[j] = first ? Vec{} : load(sum_input + j * kLanes);
-    }
+    if (first) tile.outputs->step(t);
+    const Vec dt = load(w.dt + t * kLanes), dtu = load(w.dtu + t * kLanes), dy = load(w.dy + t * kLanes);
+    const float *const B = tile.B[t] + n, *const C = tile.C[t] + n;
+    const float* const decay = w.decay + t * kStates * kLanes;
+    const float* const previous = w.state + t * kStates * kLanes;
+    Vec sum_decay = first ? Vec{} : load(w.sum_decay + t * kLanes), sum_input = first ? Vec{} : load(w.sum_input + t * kLanes);
+    Vec sums[2];
     SSMTUNE_UNROLL
     for (int four = 0; four < 2; ++four) {
       Vec terms[4];
       SSMTUNE_UNROLL
       for (int k = 0; k < 4; ++k) {
         const int i = 4 * four + k;
-        SSMTUNE_UNROLL
-        for (int j = 0; j < kBlocks; ++j) {
-          const Vec adjoint = dy[j] * C[t * C_stride + i] + carry[j][i];
-          const Vec term = adjoint * dtu[j];
-          terms[k] = j == 0 ? term : terms[k] + term;
-          input_terms[j] += adjoint * B[t * B_stride + i];
-          carry[j][i] = adjoint * load(decay + (j * kStates + i) * kLanes);
-          const Vec q = carry[j][i] * load(previous + (j * kStates + i) * kLanes);
-          decay_terms[j] += q * load(A + j * matrix_size + i * kLanes);
-          if constexpr (kGradA) dA[j][i] += q * dt[j];
-        }
+        const Vec adjoint = dy * C[i] + carry[i];
+        terms[k] = adjoint * dtu;
+        sum_input += adjoint * B[i];
+        carry[i] = adjoint * load(decay + i * kLanes);
+        const Vec q = carry[i] * load(previous + i * kLanes);
+        sum_decay += q * load(A + i * kLanes);
+        if constexpr (kGradA) dA[i] += q * dt;
       }
-      dB[four] = sum_four(terms);
+      sums[four] = sum_four(terms);
     }
-    if (dB_sums) add_to_sums(dB_sums + t * dB_stride, dB[0], dB[1]);
-    SSMTUNE_UNROLL
-    for (int j = 0; j < kBlocks; ++j) {
-      store(sum_decay + j * kLanes, decay_terms[j]);
-      store(sum_input + j * kLanes, input_terms[j]);
-    }
+    store(w.sum_decay + t * kLanes, sum_decay);
+    store(w.sum_input + t * kLanes, sum_input);
+    if (dB) add_to_sums(dB + t * dB_stride, sums[0], sums[1]);
   }
   SSMTUNE_UNROLL
-  for (int j = 0; j < kBlocks; ++j) {
-    SSMTUNE_UNROLL
-    for (int i = 0; i < kStates; ++i) {
-      const int64_t at = j * matrix_size + (n + i) * kLanes;
-      store(tile.carry + at, carry[j][i]);
-      if constexpr (kGradA) store(tile.dA + at, dA[j][i]);
-    }
+  for (int i = 0; i < kStates; ++i) {
+    store(tile.carry + (n + i) * kLanes, carry[i]);
+    if constexpr (kGradA) store(tile.dA + (n + i) * kLanes, dA[i]);
   }
 }
 
@@ -246,15 +201,15 @@ void write_sums(const float* sums, int64_t steps, int64_t padded_states, float* 
 }
 
 // The gradient of a state offset over a tile, sum_t dy_t C_t[n]: a matrix product.
-void accumulate_offset(const Tile& tile, const float* dy, float* doffset) {
-  for (int64_t n = 0; n < tile.padded_states; n += kStates) {
+void accumulate_offset(const StateRows& C, const float* dy, int64_t steps, int64_t padded_states, float* doffset) {
+  for (int64_t n = 0; n < padded_states; n += kStates) {
     Vec sum[kStates];
     SSMTUNE_UNROLL
     for (int i = 0; i < kStates; ++i) sum[i] = load(doffset + (n + i) * kLanes);
-    for (int64_t t = 0; t < tile.steps; ++t) {
-      const Vec g = load(dy + t * kBlocks * kLanes);
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec g = load(dy + t * kLanes);
       SSMTUNE_UNROLL
-      for (int i = 0; i < kStates; ++i) sum[i] += g * tile.C[t][n + i];
+      for (int i = 0; i < kStates; ++i) sum[i] += g * C[t][n + i];
     }
     SSMTUNE_UNROLL
     for (int i = 0; i < kStates; ++i) store(doffset + (n + i) * kLanes, sum[i]);
@@ -263,23 +218,18 @@ void accumulate_offset(const Tile& tile, const float* dy, float* doffset) {
 
 // The rows of one block of channels.
 struct BlockRows {
-  TilePosition at;
+  int64_t steps;
   Rows<const float> u, delta, z, dout;
   Rows<float> du, ddelta, dz;
 };
 
 // What depends on the step and the channel alone: dt, dt u, the slope of softplus, dy, and dz without its factor, the output.
-void prepare(const SelectiveScanBackward& p, const Workspace& w, int64_t block, int j, const BlockRows& rows) {
+void prepare(const SelectiveScanBackward& p, const Workspace& w, int64_t block, const BlockRows& rows) {
   const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
   const Vec bias = load(w.delta_bias + block * kLanes);
   const bool has_dout = p.dout.data != nullptr, has_z = p.z.data != nullptr;
-  constexpr int64_t kNext = kBlocks * kLanes;
-  for (int64_t t = 0; t < rows.at.steps; ++t) {
-    const int64_t row = (t * kBlocks + j) * kLanes;
-    if (rows.u.direct) __builtin_prefetch(rows.u[t] + kNext);
-    if (rows.delta.direct) __builtin_prefetch(rows.delta[t] + kNext);
-    if (rows.du.direct) __builtin_prefetch(rows.du[t], 1);
-    if (rows.ddelta.direct) __builtin_prefetch(rows.ddelta[t], 1);
+  for (int64_t t = 0; t < rows.steps; ++t) {
+    const int64_t row = t * kLanes;
     Vec dt = load(rows.delta[t]) + bias, slope = broadcast(1.0f);
     if (p.delta_softplus) {
       const SoftplusSigmoid both = softplus_sigmoid(dt);
@@ -293,29 +243,27 @@ void prepare(const SelectiveScanBackward& p, const Workspace& w, int64_t block, 
 
     Vec dy{};
     if (has_dout) {
-      if (rows.dout.direct) __builtin_prefetch(rows.dout[t] + kNext);
       dy = load(rows.dout[t]);
     }
     if (has_z) {
-      if (rows.z.direct) __builtin_prefetch(rows.z[t] + kNext);
       const Vec gate = load(rows.z[t]), s = sigmoid(gate);
-      store(rows.dz[t], dy * s * (1.0f + gate * (1.0f - s)));
+      store(w.gate_slope + row, dy * s * (1.0f + gate * (1.0f - s)));
       dy *= gate * s;
     }
     store(w.dy + row, dy);
   }
 }
 
-void finish(const Workspace& w, int64_t block, int j, const BlockRows& rows, bool has_dz) {
+void finish(const Workspace& w, int64_t block, const BlockRows& rows, bool has_dz) {
   const Vec D = load(w.D + block * kLanes), output_offset = load(w.output_offset + block * kLanes);
   Vec dD{}, ddelta_bias{}, doutput_offset{};
-  for (int64_t t = 0; t < rows.at.steps; ++t) {
-    const int64_t row = (t * kBlocks + j) * kLanes;
+  for (int64_t t = 0; t < rows.steps; ++t) {
+    const int64_t row = t * kLanes;
     const Vec value = load(rows.u[t]), dy = load(w.dy + row), sum_input = load(w.sum_input + row);
     const Vec ddelta = (value * sum_input + load(w.sum_decay + row) * kLn2) * load(w.slope + row);
     store(rows.du[t], load(w.dt + row) * sum_input + D * dy);
     store(rows.ddelta[t], ddelta);
-    if (has_dz) store(rows.dz[t], load(rows.dz[t]) * (load(w.y + row) + D * value + output_offset));
+    if (has_dz) store(rows.dz[t], load(w.gate_slope + row) * (load(w.y + row) + D * value + output_offset));
     dD += dy * value;
     ddelta_bias += ddelta;
     doutput_offset += dy;
@@ -326,18 +274,16 @@ void finish(const Workspace& w, int64_t block, int j, const BlockRows& rows, boo
   add(w.doutput_offset, doutput_offset);
 }
 
-void read_state_in(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t block, int j,
-                   int64_t batch, int64_t chunk) {
-  float* const target = w.state_in + j * blocks.matrix_size();
-  int64_t known = 0;
-  if (chunk > 0) {
-    known = p.dstate * kLanes;
-    copy(target, chunk_state(p, batch, chunk - 1, blocks.channel(block)), known);
-  } else if (w.first_state) {
-    known = blocks.matrix_size();
-    copy(target, w.first_state + block * blocks.matrix_size(), known);
-  }
-  fill_zero(target + known, blocks.matrix_size() - known);
+// The state before a chunk, for all padded states.
+const float* state_before(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t block,
+                          int64_t batch, int64_t chunk) {
+  if (chunk == 0 && w.first_state) return w.first_state + block * blocks.matrix_size();
+  const int64_t known = chunk > 0 ? p.dstate * kLanes : 0;
+  const float* const saved = chunk > 0 ? chunk_state(p, batch, chunk - 1, blocks.channel(block)) : nullptr;
+  if (known == blocks.matrix_size()) return saved;
+  copy(w.state_in, saved, known);
+  fill_zero(w.state_in + known, blocks.matrix_size() - known);
+  return w.state_in;
 }
 
 void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t batch, int64_t chunk,
@@ -353,42 +299,31 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
   }
   const bool has_dz = p.dz.data != nullptr;
   const Scan scan = choose_scan(has_dz, w.offset, w.dA);
-  for (int64_t first = 0; first < blocks.count(); first += kBlocks) {
-    BlockRows rows[kBlocks];
-    for (int j = 0; j < kBlocks; ++j) {
-      const int64_t block = first + j;
-      const int64_t lanes = blocks.lanes(block);
-      const TilePosition at{batch, blocks.channel(block), lanes > 0 ? lanes : 0, time, steps};
-      BlockRows& r = rows[j];
-      r.at = at;
-      r.u = input_rows(p.u, at, w.u[j]);
-      r.delta = input_rows(p.delta, at, w.delta[j]);
-      if (p.z.data) r.z = input_rows(p.z, at, w.z[j]);
-      if (p.dout.data) r.dout = input_rows(p.dout, at, w.dout[j]);
-      r.du = output_rows(p.du, at, w.du[j]);
-      r.ddelta = output_rows(p.ddelta, at, w.ddelta[j]);
-      r.dz = output_rows(p.dz, at, w.dz[j]);
-      prepare(p, w, block, j, r);
-      if (lanes > 0) {
-        read_state_in(p, w, blocks, block, j, batch, chunk);
-      } else {
-        fill_zero(w.state_in + j * blocks.matrix_size(), blocks.matrix_size());
-      }
-    }
-    const int64_t matrix = first * blocks.matrix_size();
-    const Tile tile{steps, p.padded_states(), blocks.matrix_size(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C,
-                    w.state_in, w.carry + matrix, w.dA ? w.dA + matrix : nullptr};
-    scan(tile, w);
-    for (int j = 0; j < kBlocks; ++j) {
-      const int64_t block = first + j;
-      finish(w, block, j, rows[j], has_dz);
-      if (w.doffset) {
-        accumulate_offset(tile, w.dy + j * kLanes, w.doffset + block * blocks.matrix_size());
-      }
-      finish_rows(p.du, rows[j].at, rows[j].du);
-      finish_rows(p.ddelta, rows[j].at, rows[j].ddelta);
-      finish_rows(p.dz, rows[j].at, rows[j].dz);
-    }
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const TilePosition at{batch, blocks.channel(i), blocks.lanes(i), time, steps};
+    BlockRows rows{};
+    rows.steps = steps;
+    rows.u = input_rows(p.u, at, w.u);
+    rows.delta = input_rows(p.delta, at, w.delta);
+    if (p.z.data) rows.z = input_rows(p.z, at, w.z);
+    if (p.dout.data) rows.dout = input_rows(p.dout, at, w.dout);
+    rows.du = output_rows(p.du, at, w.du);
+    rows.ddelta = output_rows(p.ddelta, at, w.ddelta);
+    rows.dz = output_rows(p.dz, at, w.dz);
+    prepare(p, w, i, rows);
+
+    const int64_t matrix = i * blocks.matrix_size();
+    Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(at, i + 1, -kChunk));
+    Prefetch<3> outputs({&p.du, &p.ddelta, &p.dz}, at);
+    scan({steps, p.padded_states(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C,
+          state_before(p, w, blocks, i, batch, chunk), w.carry + matrix, w.dA ? w.dA + matrix : nullptr, &inputs, &outputs},
+         w);
+
+    finish(w, i, rows, has_dz);
+    if (w.doffset) accumulate_offset(C, w.dy, steps, p.padded_states(), w.doffset + matrix);
+    finish_rows(p.du, at, rows.du);
+    finish_rows(p.ddelta, at, rows.ddelta);
+    finish_rows(p.dz, at, rows.dz);
   }
   if (dBC) {
     const int64_t stride = 2 * p.padded_states();
@@ -406,16 +341,12 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
   Arena arena(scratch);
   const Workspace w(p, arena);
   const ChannelBlocks blocks(p, p.partition.channel_begin(task), p.partition.channel_end(task));
-  const int64_t vector_floats = round_up(blocks.count(), kBlocks) * kLanes;
-  const int64_t matrix_floats = vector_floats / kLanes * blocks.matrix_size();
+  const int64_t vector_floats = blocks.count() * kLanes, matrix_floats = blocks.count() * blocks.matrix_size();
   const int64_t group = p.partition.group(task);
-  // A last block that only fills up a tile has no channels: its parameters stay zero.
-  for (float* matrix : {w.A, w.carry, w.first_state, w.offset, w.dA, w.dinitial_state, w.doffset}) {
-    if (matrix) fill_zero(matrix, matrix_floats);
+  for (float* sum : {w.dA, w.dinitial_state, w.doffset}) {
+    if (sum) fill_zero(sum, matrix_floats);
   }
-  for (float* vector : {w.smallest_decay, w.largest_decay, w.D, w.delta_bias, w.output_offset, w.dD, w.ddelta_bias, w.doutput_offset}) {
-    fill_zero(vector, vector_floats);
-  }
+  for (float* sum : {w.dD, w.ddelta_bias, w.doutput_offset}) fill_zero(sum, vector_floats);
   blocks.pack_decay(p.A, w.A, w.smallest_decay, w.largest_decay);
   blocks.pack_vector(p.D, w.D);
   blocks.pack_vector(p.delta_bias, w.delta_bias);
@@ -426,8 +357,9 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
     if (w.offset && (first || p.state_offset.batch_stride)) {
       blocks.pack_matrix(p.state_offset.data + batch * p.state_offset.batch_stride, w.offset);
     }
-    if (p.output_offset.data && (first || p.output_offset.batch_stride)) {
-      blocks.pack_vector(p.output_offset.data + batch * p.output_offset.batch_stride, w.output_offset);
+    if (first || p.output_offset.batch_stride) {
+      const float* const offset = p.output_offset.data;
+      blocks.pack_vector(offset ? offset + batch * p.output_offset.batch_stride : nullptr, w.output_offset);
     }
     if (w.first_state && (first || p.initial_state.batch_stride)) {
       blocks.pack_matrix(p.initial_state.data + batch * p.initial_state.batch_stride, w.first_state);

@@ -32,6 +32,7 @@ struct Tile {
   StateRows B, C;
   const float *dt, *dtu;
   float *y, *state;
+  Prefetch<4>* next;
 };
 
 // y += C (h + offset) while h = exp2(dt A) h + dtu B, for kStates states from n on.
@@ -43,7 +44,9 @@ __attribute__((noinline)) void scan_states(const Tile& tile, int64_t n) {
   Vec h[kStates];
   SSMTUNE_UNROLL
   for (int i = 0; i < kStates; ++i) h[i] = load(state + i * kLanes);
+  const bool first = n == 0;
   for (int64_t t = 0; t < tile.steps; ++t) {
+    if (first) tile.next->step(t);
     const Vec dt = load(tile.dt + t * kLanes), dtu = load(tile.dtu + t * kLanes);
     const float* const B = tile.B[t] + n;
     const float* const C = tile.C[t] + n;
@@ -68,14 +71,11 @@ void scan(const Tile& tile, int64_t padded_states) {
 }
 
 void prepare(const SelectiveScanForward& p, const Workspace& w, int64_t block, const Rows<const float>& u,
-             const Rows<const float>& delta, const Rows<float>& out, int64_t steps) {
+             const Rows<const float>& delta, int64_t steps) {
   const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
   const Vec bias = load(w.delta_bias + block * kLanes), D = load(w.D + block * kLanes);
   const Vec output_offset = load(w.output_offset + block * kLanes);
   for (int64_t t = 0; t < steps; ++t) {
-    if (u.direct) __builtin_prefetch(u[t] + kLanes);
-    if (delta.direct) __builtin_prefetch(delta[t] + kLanes);
-    if (out.direct) __builtin_prefetch(out[t], 1);
     Vec dt = load(delta[t]) + bias;
     if (p.delta_softplus) dt = softplus_sigmoid(dt).softplus;
     const Vec value = load(u[t]);
@@ -89,7 +89,6 @@ void finish(const Workspace& w, const Rows<const float>& z, bool has_z, const Ro
   for (int64_t t = 0; t < steps; ++t) {
     Vec y = load(w.y + t * kLanes);
     if (has_z) {
-      if (z.direct) __builtin_prefetch(z[t] + kLanes);
       const Vec gate = load(z[t]);
       y *= gate * sigmoid(gate);
     }
@@ -105,10 +104,11 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{batch, blocks.channel(i), blocks.lanes(i), time, steps};
     const Rows<float> out = output_rows(p.out, at, w.out);
-    prepare(p, w, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), out, steps);
+    prepare(p, w, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), steps);
     float* const state = w.state + i * blocks.matrix_size();
     const float* const offset = w.offset ? w.offset + i * blocks.matrix_size() : nullptr;
-    const Tile tile{steps, w.A + i * blocks.matrix_size(), offset, B, C, w.dt, w.dtu, w.y, state};
+    Prefetch<4> next({&p.u, &p.delta, &p.z, &p.out}, blocks.next_tile(at, i + 1, kChunk));
+    const Tile tile{steps, w.A + i * blocks.matrix_size(), offset, B, C, w.dt, w.dtu, w.y, state, &next};
     if (w.offset) {
       scan<true>(tile, p.padded_states());
     } else {
