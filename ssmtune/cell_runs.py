@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import json
 import math
 import shutil
@@ -95,6 +97,7 @@ class TaskRuns:
             autocast=config.autocast, log_every=max(1, cell.steps // 20),
         )
         evaluations = config.evaluations if cell.stage == "final" else 1
+        _return_freed_memory()
         result = train(
             model, self.tokenizer, task.train, task.dev, settings, None, max_length=task.max_length,
             evaluation=EvalConfig(every=math.ceil(cell.steps / evaluations), batch_size=EVALUATION_BATCH, samples=0),
@@ -142,6 +145,15 @@ class TaskRuns:
                         self.tokenizer.save_pretrained(partial)
                     write_json(partial / "cell.json", mark)
         return size
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system, so that the peak of a run is not that of the one before it."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library than glibc: the peak is an upper bound
 
 
 def _is_better(mark: Mapping[str, Any], file: Path) -> bool:
