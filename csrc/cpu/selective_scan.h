@@ -65,14 +65,20 @@ class ChannelBlocks {
       store(largest + i * kLanes, high);
     }
   }
+  // Whether a state of the block could grow: not if A <= 0 and the steps, coming from softplus, are positive.
+  bool may_grow(const SelectiveScanParams& p, const float* largest, int64_t block) const {
+    bool grows = !p.delta_softplus;
+    for (int64_t i = 0; i < kLanes; ++i) grows |= largest[block * kLanes + i] > 0.0f;
+    return grows;
+  }
 
  private:
   int64_t channel_begin_, channel_end_, seqlen_, dstate_, matrix_size_;
 };
 
-// The step as the exponent wants it. With A <= 0 and steps >= 0 states decay; one that grows by more than 2^127 in a step, past
-// the range of exp2 and of fp32, becomes a NaN.
-SSMTUNE_INLINE Vec exponent_step(Vec dt, Vec smallest_decay, Vec largest_decay) {
+// The step as the exponent wants it where a state may grow: one that grows by more than 2^127 in a step, past the range of
+// exp2 and of fp32, becomes a NaN.
+SSMTUNE_INLINE Vec bounded_step(Vec dt, Vec smallest_decay, Vec largest_decay) {
   const IntVec overflows = (dt * smallest_decay > 127.0f) | (dt * largest_decay > 127.0f);
   return select(overflows, broadcast(__builtin_nanf("")), dt);
 }

@@ -313,31 +313,22 @@ SSMTUNE_INLINE Vec exp2(Vec x) {
 
 SSMTUNE_INLINE Vec exp_negative_abs(Vec x) { return exp2(abs(x) * -kLog2e); }
 
-SSMTUNE_INLINE Vec sigmoid(Vec x) {
-  const Vec e = exp_negative_abs(x);
-  return select(x < 0.0f, e, broadcast(1.0f)) / (1.0f + e);
-}
+// Both functions take e = exp(-|x|), which they share.
+SSMTUNE_INLINE Vec sigmoid(Vec x, Vec e) { return select(x < 0.0f, e, broadcast(1.0f)) / (1.0f + e); }
+SSMTUNE_INLINE Vec sigmoid(Vec x) { return sigmoid(x, exp_negative_abs(x)); }
 
-struct SoftplusSigmoid {
-  Vec softplus, sigmoid;
-};
-
-// softplus(x) = max(x, 0) + log(1 + exp(-|x|)), and its derivative, for one division. The logarithm is the series of
-// 2 atanh(s) with s = e / (2 + e) <= 1/3. Above 20 both agree with a softplus that turns linear there.
-SSMTUNE_INLINE SoftplusSigmoid softplus_sigmoid(Vec x) {
-  const Vec e = exp_negative_abs(x);
-  const Vec one_plus = 1.0f + e, two_plus = 2.0f + e;
-  const Vec inverse = 1.0f / (one_plus * two_plus);
-  const Vec s = e * (inverse * one_plus);
-  const Vec s2 = s * s;
+// softplus(x) = max(x, 0) + log(1 + e), the logarithm as the series of 2 atanh(s) with s = e / (2 + e) <= 1/3. Above 20 this
+// agrees with a softplus that turns linear there, and so does its derivative, the sigmoid.
+SSMTUNE_INLINE Vec softplus(Vec x, Vec e) {
+  const Vec s = e / (2.0f + e), s2 = s * s;
   Vec p = broadcast(0.1400599685831509f);
   p = p * s2 + 0.1400090198538223f;
   p = p * s2 + 0.2001076365615791f;
   p = p * s2 + 0.3333320814225363f;
   p = p * s2 + 1.0f;
-  const Vec sigmoid_abs = inverse * two_plus;
-  return {at_least(x, 0.0f) + (s + s) * p, select(x < 0.0f, sigmoid_abs * e, sigmoid_abs)};
+  return at_least(x, 0.0f) + (s + s) * p;
 }
+SSMTUNE_INLINE Vec softplus(Vec x) { return softplus(x, exp_negative_abs(x)); }
 
 // Rounds subnormal results to zero while it lives: a state that has decayed away must not slow the scan down.
 class FlushSubnormals {

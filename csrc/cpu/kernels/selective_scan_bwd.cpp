@@ -224,27 +224,26 @@ struct BlockRows {
 };
 
 // What depends on the step and the channel alone: dt, dt u, the slope of softplus, dy, and dz without its factor, the output.
-void prepare(const SelectiveScanBackward& p, const Workspace& w, int64_t block, const BlockRows& rows) {
+void prepare(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t block,
+             const BlockRows& rows) {
   const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
   const Vec bias = load(w.delta_bias + block * kLanes);
+  const bool may_grow = blocks.may_grow(p, w.largest_decay, block);
   const bool has_dout = p.dout.data != nullptr, has_z = p.z.data != nullptr;
   for (int64_t t = 0; t < rows.steps; ++t) {
     const int64_t row = t * kLanes;
     Vec dt = load(rows.delta[t]) + bias, slope = broadcast(1.0f);
     if (p.delta_softplus) {
-      const SoftplusSigmoid both = softplus_sigmoid(dt);
-      dt = both.softplus;
-      slope = both.sigmoid;
+      const Vec e = exp_negative_abs(dt);
+      slope = sigmoid(dt, e);
+      dt = softplus(dt, e);
     }
-    const Vec value = load(rows.u[t]);
-    store(w.dt + row, exponent_step(dt, smallest_decay, largest_decay));
-    store(w.dtu + row, dt * value);
     store(w.slope + row, slope);
+    store(w.dtu + row, dt * load(rows.u[t]));
+    if (may_grow) dt = bounded_step(dt, smallest_decay, largest_decay);
+    store(w.dt + row, dt);
 
-    Vec dy{};
-    if (has_dout) {
-      dy = load(rows.dout[t]);
-    }
+    Vec dy = has_dout ? load(rows.dout[t]) : Vec{};
     if (has_z) {
       const Vec gate = load(rows.z[t]), s = sigmoid(gate);
       store(w.gate_slope + row, dy * s * (1.0f + gate * (1.0f - s)));
@@ -310,7 +309,7 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
     rows.du = output_rows(p.du, at, w.du);
     rows.ddelta = output_rows(p.ddelta, at, w.ddelta);
     rows.dz = output_rows(p.dz, at, w.dz);
-    prepare(p, w, i, rows);
+    prepare(p, w, blocks, i, rows);
 
     const int64_t matrix = i * blocks.matrix_size();
     Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(at, i + 1, -kChunk));

@@ -70,18 +70,20 @@ void scan(const Tile& tile, int64_t padded_states) {
   if (n < padded_states) scan_states<kStateGroup, kOffset>(tile, n);
 }
 
-void prepare(const SelectiveScanForward& p, const Workspace& w, int64_t block, const Rows<const float>& u,
-             const Rows<const float>& delta, int64_t steps) {
+void prepare(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t block,
+             const Rows<const float>& u, const Rows<const float>& delta, int64_t steps) {
   const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
   const Vec bias = load(w.delta_bias + block * kLanes), D = load(w.D + block * kLanes);
   const Vec output_offset = load(w.output_offset + block * kLanes);
+  const bool may_grow = blocks.may_grow(p, w.largest_decay, block);
   for (int64_t t = 0; t < steps; ++t) {
     Vec dt = load(delta[t]) + bias;
-    if (p.delta_softplus) dt = softplus_sigmoid(dt).softplus;
+    if (p.delta_softplus) dt = softplus(dt);
     const Vec value = load(u[t]);
-    store(w.dt + t * kLanes, exponent_step(dt, smallest_decay, largest_decay));
     store(w.dtu + t * kLanes, dt * value);
     store(w.y + t * kLanes, D * value + output_offset);
+    if (may_grow) dt = bounded_step(dt, smallest_decay, largest_decay);
+    store(w.dt + t * kLanes, dt);
   }
 }
 
@@ -104,7 +106,7 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{batch, blocks.channel(i), blocks.lanes(i), time, steps};
     const Rows<float> out = output_rows(p.out, at, w.out);
-    prepare(p, w, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), steps);
+    prepare(p, w, blocks, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), steps);
     float* const state = w.state + i * blocks.matrix_size();
     const float* const offset = w.offset ? w.offset + i * blocks.matrix_size() : nullptr;
     Prefetch<4> next({&p.u, &p.delta, &p.z, &p.out}, blocks.next_tile(at, i + 1, kChunk));

@@ -24,7 +24,7 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
     const int64_t lanes = end - channel < kLanes ? end - channel : kLanes;
     Vec dt = load_first(delta + channel, lanes);
     if (p.dt_bias) dt += load_first(p.dt_bias + channel, lanes);
-    if (p.dt_softplus) dt = softplus_sigmoid(dt).softplus;
+    if (p.dt_softplus) dt = softplus(dt);
     const Vec value = load_first(x + channel, lanes);
     float dt_of[kLanes], dtx_of[kLanes];
     store(dt_of, dt * kLog2e);
