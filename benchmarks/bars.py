@@ -5,9 +5,13 @@ from dataclasses import dataclass, replace
 from math import log
 
 from benchmarks.results import Row, latest
+from benchmarks.shapes import MAIN
 from benchmarks.worker import KEPT
 
 Sizes = tuple[int, int, int]
+
+MAIN_SIZES = tuple((shape.batch, shape.dim, shape.seqlen) for shape in MAIN)
+"""Where the bars of the scan apply, but for the one on its growth with seqlen."""
 
 
 class Run:
@@ -34,6 +38,10 @@ class Run:
         """Milliseconds: CPU time of the process on one thread, which noise hardly touches, and wall time on more."""
         metric = "cpu time" if threads == 1 else "wall time"
         return self.median(direction, backend, sizes, threads, metric, variant)
+
+    def main_settings(self, *backends: str) -> list[tuple[Sizes, int]]:
+        """Those of `settings` at the main sizes."""
+        return [place for place in self.settings(*backends) if place[0] in MAIN_SIZES]
 
     def settings(self, *backends: str) -> list[tuple[Sizes, int]]:
         """Sizes and threads at which all of these backends were timed, in order."""
@@ -78,7 +86,7 @@ def _against(direction: str, *peers: str) -> Callable[[Run], list[float]]:
         pairs = []
         for peer in peers:
             variant = "channels-first" if peer == "plain C++" else "default"
-            for sizes, threads in run.settings("cpu", peer):
+            for sizes, threads in run.main_settings("cpu", peer):
                 ours = run.time(direction, "cpu", sizes, threads)
                 pairs.append((run.time(direction, peer, sizes, threads, variant), ours))
         return _divide(pairs)
@@ -91,21 +99,21 @@ def _variant(variant: str, *directions: str, base: str = "default") -> Callable[
         return _divide(
             (run.time(direction, "cpu", *place, variant), run.time(direction, "cpu", *place, base))
             for direction in directions
-            for place in run.settings("cpu")
+            for place in run.main_settings("cpu")
         )
 
     return ratios
 
 
 def _backward_over_forward(run: Run) -> list[float]:
-    return _divide((run.time("bwd", "cpu", *place), run.time("fwd", "cpu", *place)) for place in run.settings("cpu"))
+    return _divide((run.time("bwd", "cpu", *place), run.time("fwd", "cpu", *place)) for place in run.main_settings("cpu"))
 
 
 def _two_threads(run: Run) -> list[float]:
     return _divide(
         (run.median(way, "cpu", sizes, 1, "wall time"), run.median(way, "cpu", sizes, 2, "wall time"))
         for way in ("fwd", "fwdbwd")
-        for sizes, threads in run.settings("cpu")
+        for sizes, threads in run.main_settings("cpu")
         if threads == 2
     )
 

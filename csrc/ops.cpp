@@ -7,11 +7,16 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <optional>
 #include <string>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "cpu/dispatch.h"
 
@@ -67,6 +72,29 @@ SequenceTensor sequence(const OptionalTensor& x, const char* name, const Shape& 
   return x ? sequence(*x, name, shape, dtype) : SequenceTensor{};
 }
 
+// Asks for huge pages under a large result: it is mostly memory the process has not touched yet, and to fetch that in pages
+// of 4 KiB can take longer than the scan that fills it.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  // a hint: where it fails, nothing is lost
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// A sequence tensor that is about to be written.
+SequenceTensor result(const OptionalTensor& x, const char* name, const Shape& shape, DType dtype) {
+  const SequenceTensor tensor = sequence(x, name, shape, dtype);
+  if (x) {
+    const int64_t rows = shape[tensor.channels_last ? 2 : 1];
+    const int64_t extent = (shape[0] - 1) * tensor.batch_stride + rows * tensor.stride;
+    prefer_huge_pages(tensor.data, extent * (dtype == DType::kFloat32 ? 4 : 2));
+  }
+  return tensor;
+}
+
 float* contiguous(const Tensor& x, const char* name, const Shape& shape) {
   check_shape(x, name, shape);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), name, " must be float32 and contiguous");
@@ -114,7 +142,9 @@ struct AlignedDelete {
 using Buffer = std::unique_ptr<float[], AlignedDelete>;
 
 Buffer allocate(int64_t count) {
-  return Buffer(static_cast<float*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(float), kAlignment)));
+  Buffer buffer(static_cast<float*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(float), kAlignment)));
+  prefer_huge_pages(buffer.get(), count * sizeof(float));
+  return buffer;
 }
 
 // `work` is about the number of element updates of all tasks: small problems stay on one thread.
@@ -200,8 +230,9 @@ void selective_scan_fwd(const Tensor& u, const Tensor& delta, const Tensor& A, c
                         const OptionalTensor& chunk_states) {
   SelectiveScanForward p{};
   fill_scan(p, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset, delta_softplus, chunk_states);
-  p.out = sequence(out, "out", {p.batch, p.dim, p.seqlen}, p.u.dtype);
+  p.out = result(out, "out", {p.batch, p.dim, p.seqlen}, p.u.dtype);
   p.last_state = contiguous(last_state, "last_state", {p.batch, p.dim, p.dstate});
+  if (chunk_states) prefer_huge_pages(p.chunk_states, chunk_states->numel() * sizeof(float));
   run(kernels().selective_scan_fwd, p, p.batch * p.dim * p.seqlen * p.dstate);
 }
 
@@ -247,9 +278,9 @@ void selective_scan_bwd(const OptionalTensor& dout, const OptionalTensor& dlast_
   const Shape sequence_shape{p.batch, p.dim, p.seqlen}, matrix_shape{p.dim, p.dstate}, vector_shape{p.dim};
   STD_TORCH_CHECK(!dz || z, "dz was asked for without z");
   p.dout = sequence(dout, "dout", sequence_shape, p.u.dtype);
-  p.du = sequence(du, "du", sequence_shape, p.u.dtype);
-  p.ddelta = sequence(ddelta, "ddelta", sequence_shape, p.u.dtype);
-  p.dz = sequence(dz, "dz", sequence_shape, p.u.dtype);
+  p.du = result(du, "du", sequence_shape, p.u.dtype);
+  p.ddelta = result(ddelta, "ddelta", sequence_shape, p.u.dtype);
+  p.dz = result(dz, "dz", sequence_shape, p.u.dtype);
   p.dlast_state = contiguous(dlast_state, "dlast_state", {p.batch, p.dim, p.dstate});
   float* const dB_target = state_gradient(dB, "dB", p);
   float* const dC_target = state_gradient(dC, "dC", p);
@@ -325,7 +356,7 @@ void causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTens
                        bool silu, const Tensor& out) {
   CausalConv1dForward p{};
   fill_conv(p, x, weight, bias, initial_states, silu);
-  p.out = sequence(out, "out", {p.batch, p.dim, p.seqlen}, p.x.dtype);
+  p.out = result(out, "out", {p.batch, p.dim, p.seqlen}, p.x.dtype);
   run(kernels().causal_conv1d_fwd, p, p.batch * p.dim * p.seqlen);
 }
 
@@ -335,7 +366,7 @@ void causal_conv1d_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight
   CausalConv1dBackward p{};
   fill_conv(p, x, weight, bias, initial_states, silu);
   p.dout = sequence(dout, "dout", {p.batch, p.dim, p.seqlen}, p.x.dtype);
-  p.dx = sequence(dx, "dx", {p.batch, p.dim, p.seqlen}, p.x.dtype);
+  p.dx = result(dx, "dx", {p.batch, p.dim, p.seqlen}, p.x.dtype);
   p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.batch, p.dim, p.width - 1});
   Gradient weight_gradient(dweight, "dweight", p.partition, {p.dim, p.width});
   Gradient bias_gradient(dbias, "dbias", p.partition, {p.dim});
