@@ -122,6 +122,11 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
     finish(w, z, has_z, out, steps);
     finish_rows(p.out, at, out);
   }
+  // Channels of the padding that no block covers: a result holds no memory left unwritten.
+  const int64_t covered = blocks.channel(blocks.count()), padded = round_up(p.dim, kChannelPadding);
+  if (p.chunk_states && covered >= p.dim && covered < padded) {
+    fill_zero(chunk_state(p, batch, chunk, covered), (padded - covered) * p.dstate);
+  }
 }
 
 void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
