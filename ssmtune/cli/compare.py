@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.comparison import ComparisonConfig
 from ssmtune.config import ConfigError, nearest
 from ssmtune.tasks import TASKS
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     config.check()
     out = Path(args.out or f"runs/compare-{Path(config.model).name}")
 
+    keep_freed_memory()
     import transformers
 
     from ssmtune.cli.train import backend_for

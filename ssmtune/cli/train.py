@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.config import ConfigError, RunConfig, add_flags, flag_values, help_of, load_config, to_dict, to_yaml
 from ssmtune.methods import get_method, method_options
 from ssmtune.models import resolve_model
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmtune.run_directory import RunDirectory, write_whole
 
     directory = RunDirectory(Path(config.out))
+    keep_freed_memory()
     first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun or accelerate launch
     if first and not args.dry_run:
         directory.check(resume=args.resume, overwrite=args.overwrite)
