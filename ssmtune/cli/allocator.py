@@ -1,7 +1,7 @@
 """Memory of a training process: kept once it has been used, and fetched in huge pages.
 
-glibc hands large blocks back to the kernel at once, and the kernel clears every page of the next one. Each training step
-allocates the same tensors again: that can cost a tenth of its time, and on a virtual machine half of it.
+glibc hands large blocks back to the kernel at once, and the kernel clears every page of the next one. Each step of a
+training allocates the same tensors again: that can cost a tenth of its time, and on a virtual machine half of it.
 """
 
 import ctypes

@@ -10,8 +10,8 @@ from ssmtune.cli.allocator import keep_freed_memory
 kept = keep_freed_memory()
 import torch
 block = torch.ones(4_000_000); del block  # 16 MB
-before = [line for line in open("/proc/self/statm")][0].split()[1]
-print(kept, int(before) * 4096)
+resident = open("/proc/self/statm").read().split()[1]
+print(kept, int(resident) * 4096)
 """
 
 
