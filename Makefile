@@ -30,6 +30,8 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.selective_scan
 	$(PY) -m benchmarks.training_step
+	$(PY) -m benchmarks.causal_conv1d
+	$(PY) -m benchmarks.decoding
 	$(PY) -m benchmarks.tables
 
 # the GPU kernels compiled for sm_80, sm_90 and sm_100, without a GPU

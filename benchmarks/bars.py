@@ -106,7 +106,8 @@ def _variant(variant: str, *directions: str, base: str = "default") -> Callable[
 
 
 def _backward_over_forward(run: Run) -> list[float]:
-    return _divide((run.time("bwd", "cpu", *place), run.time("fwd", "cpu", *place)) for place in run.main_settings("cpu"))
+    places = run.main_settings("cpu")
+    return _divide((run.time("bwd", "cpu", *place), run.time("fwd", "cpu", *place)) for place in places)
 
 
 def _two_threads(run: Run) -> list[float]:
@@ -182,10 +183,37 @@ def _step_over_gemm(run: Run) -> list[float]:
     ]
 
 
+def _convolution(direction: str) -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        return _divide(
+            tuple(run.time(direction, backend, *place, "silu") for backend in ("torch", "cpu"))
+            for place in run.main_settings("torch", "cpu")
+        )
+
+    return ratios
+
+
+def _step_update(run: Run) -> list[float]:
+    rows = {
+        (row.backend, row.dim): row.median
+        for row in run.rows
+        if row.variant == "selective_state_update" and row.batch == 1
+    }
+    return _divide((rows[name, dim], rows.get(("cpu", dim))) for name, dim in sorted(rows) if name != "cpu")
+
+
+def _throughput(run: Run) -> list[float]:
+    rows = {(row.backend, row.batch): row.median for row in run.rows if row.metric == "throughput"}
+    return _divide((rows.get(("cpu", batch)), rows[name, batch]) for name, batch in sorted(rows) if name != "cpu")
+
+
 SHORT_STEP: Sizes = (1, 768, 512)
 LONG_STEP: Sizes = (4, 768, 512)
 SCAN = "selective_scan"
 STEP = "training_step"
+CONV = "causal_conv1d"
+DECODING = "decoding"
+OPS = (SCAN, STEP, CONV, DECODING)
 
 BARS = (
     Bar(SCAN, "forward, against mambapy", _against("fwd", "mambapy"), at_least=50),
@@ -226,11 +254,15 @@ BARS = (
         STEP, "full step / state-offset step", _step(("cpu", "full"), ("cpu", "state-offset"), (SHORT_STEP, LONG_STEP))
     ),
     Bar(STEP, "full step / LoRA step", _step(("cpu", "full"), ("cpu", "lora"), (SHORT_STEP, LONG_STEP))),
+    Bar(CONV, "convolution with silu, forward, against torch", _convolution("fwd")),
+    Bar(CONV, "convolution with silu, forward + backward, against torch", _convolution("fwdbwd"), at_least=10),
+    Bar(DECODING, "one step of the recurrence, against transformers", _step_update, at_least=3),
+    Bar(DECODING, "tokens per second of mamba-5m, against transformers", _throughput),
 )
 
 
 def judge(rows: Iterable[Row], kept: bool = False) -> list[tuple[Bar, list[float]]]:
     """Each bar with its ratios in the last run of its operator, with memory kept between calls or without."""
     rows = list(rows)
-    runs = {op: Run(latest(rows, op), kept) for op in (SCAN, STEP)}
+    runs = {op: Run(latest(rows, op), kept) for op in OPS}
     return [(bar, bar.ratios(runs[bar.op])) for bar in BARS]

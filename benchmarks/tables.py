@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.bars import SCAN, STEP, Bar, Run, Sizes, judge
+from benchmarks.bars import CONV, DECODING, OPS, STEP, Bar, Run, Sizes, judge
 from benchmarks.results import Row
 
 README = Path(__file__).with_name("README.md")
@@ -130,11 +130,38 @@ def step_table(run: Run) -> str:
     return markdown(("tokens", "method", "implementation", "forward, s", "step, s", "peak, MiB"), body)
 
 
+def convolution_table(run: Run) -> str:
+    """Milliseconds of the convolution, ssmtune and torch."""
+    names = ("cpu", "torch")
+    return markdown(
+        ("pass", "batch, dim, seqlen", "threads", "ssmtune", "torch"),
+        (
+            (title, str(sizes), str(threads), *(_number(run.time(way, name, sizes, threads, "silu")) for name in names))
+            for way, title in (("fwd", "forward"), ("fwdbwd", "forward + backward"))
+            for sizes, threads in run.settings(*names)
+        ),
+    )
+
+
+def decoding_table(run: Run) -> str:
+    """Microseconds of a step, and tokens per second of a model, by each implementation."""
+    rows = {(row.variant, row.batch, row.dim, row.unit): {} for row in run.rows}
+    for row in run.rows:
+        rows[row.variant, row.batch, row.dim, row.unit][row.backend] = row.median
+    return markdown(
+        ("what", "batch", "width", "unit", "ssmtune", "transformers"),
+        (
+            (variant, str(batch), str(dim), unit, *(_number(by.get(name)) for name in ("cpu", "transformers")))
+            for (variant, batch, dim, unit), by in rows.items()
+        ),
+    )
+
+
 def section(path: Path) -> str:
     """All tables of one device."""
     rows = results.read(path)
     text = [f"### {rows[0].device if rows else path.stem}\n", bar_table(rows)]
-    for op in (SCAN, STEP):
+    for op in OPS:
         measured = results.latest(rows, op)
         if measured:
             first = measured[0]
@@ -151,6 +178,10 @@ def _tables(op: str, usual: Run, kept: Run) -> list[str]:
     if op == STEP:
         title = f"Wall time of forward and backward, {usual.rows[0].threads} threads; memory above the model"
         parts = [(title, step_table(usual)), (f"{title}; memory kept between calls", step_table(kept))]
+    elif op == CONV:
+        parts = [("Causal convolution of width 4 with silu, ms", convolution_table(usual))]
+    elif op == DECODING:
+        parts = [(f"Decoding, {usual.rows[0].threads} threads", decoding_table(usual))]
     else:
         parts = [
             ("Scan, ms", scan_table(usual, ours)),

@@ -130,8 +130,8 @@ class Worker:
 class RemoteCase:
     """A spec that runs in a worker; measured there, so that the pipe costs nothing.
 
-    A short run that follows one of another process is done twice, and counts the second time: the other has left its threads
-    waiting and its data in the caches, which would always fall on the same case.
+    A short run that follows one of another process is done twice, and counts the second time: the other has left its
+    threads waiting and its data in the caches, which would always fall on the same case.
     """
 
     def __init__(self, workers: "Workers", worker: Worker, spec: Spec):

@@ -7,7 +7,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-BENCHMARKS = {"selective-scan": "selective_scan", "training-step": "training_step"}
+BENCHMARKS = {
+    "selective-scan": "selective_scan", "training-step": "training_step",
+    "causal-conv1d": "causal_conv1d", "decoding": "decoding",
+}
 
 EXAMPLES = """\
 examples:

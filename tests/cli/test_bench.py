@@ -45,4 +45,4 @@ def test_parser_does_not_import_torch():
 
 def test_unknown_benchmark_is_a_usage_error():
     with pytest.raises(SystemExit, match="2"):
-        main(["bench", "decoding"])
+        main(["bench", "matmul"])

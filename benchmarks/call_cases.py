@@ -1,0 +1,57 @@
+"""A function made ready to be timed: what it computes is checked against the same in float64 first."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Lap, laps
+
+
+@dataclass
+class CallCase:
+    """A call, and the gradients of what it returns where `inputs` ask for any.
+
+    Args:
+        label: what messages call it.
+        call: returns the result.
+        inputs: tensors whose gradients are part of the work.
+        gradient: of the result; needed with `inputs`.
+    """
+
+    label: str
+    call: Callable[[], Tensor]
+    inputs: Sequence[Tensor] = ()
+    gradient: Tensor | None = None
+    _results: list[Tensor] = field(default_factory=list, init=False)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What one run consists of."""
+        return ("fwd", "bwd") if self.inputs else ("fwd",)
+
+    def run(self) -> Iterator[None]:
+        """Forward, then backward where there are inputs, with a yield after each."""
+        with torch.set_grad_enabled(bool(self.inputs)):
+            out = self.call()
+        yield
+        gradients: Sequence[Tensor] = ()
+        if self.inputs:
+            gradients = torch.autograd.grad(out, self.inputs, self.gradient)
+            yield
+        self._results = [out.detach(), *gradients]
+
+    def time(self) -> list[Lap]:
+        measured = laps(self.run())
+        self._results = []
+        return measured
+
+    def values(self, channels: slice | None = None) -> tuple[dict[str, Tensor], float]:
+        start = time.perf_counter()
+        for _ in self.run():
+            pass
+        seconds = time.perf_counter() - start
+        results, self._results = self._results, []
+        return {name: value for name, value in zip(("out", *"abc"), results, strict=False)}, seconds
