@@ -54,9 +54,14 @@ class SelectiveMixer(nn.Module):
             # After the projection rather than before it: its bias must not reach the convolution.
             x = x.masked_fill(pads, 0)
         x, z = x.transpose(1, 2), z.transpose(1, 2)
+        window = x
+        if context is None and inputs.conv_state is not None:
+            context, x = place_conv_state(inputs.conv_state, x, pads)
+            # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
+            window = x if cache is None else torch.cat([context, x], dim=-1)
         u = self.convolve(x, context)
         if cache is not None:
-            cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+            cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
 
         dt, B, C = self.x_proj(u.transpose(1, 2)).split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
@@ -133,6 +138,32 @@ def find_pads(attention_mask: Tensor | None, batch: int, seqlen: int) -> Tensor 
     if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     return (attention_mask == 0).unsqueeze(-1)
+
+
+def place_conv_state(conv_state: Tensor, x: Tensor, pads: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Put learned inputs of the convolution right before the first token of every row.
+
+    Args:
+        conv_state: (dim, width - 1) or (batch, dim, width - 1), oldest first.
+        x: (batch, dim, seqlen), zero at pads.
+        pads: (batch, seqlen, 1), or None.
+
+    Returns:
+        The inputs (batch, dim, width - 1) left of x, and x. In a row that begins with pads the learned inputs take
+        the place of the last ones, and zeros go to the left.
+    """
+    batch, dim, seqlen = x.shape
+    context = conv_state.to(x.dtype).expand(batch, -1, -1)
+    if pads is None:
+        return context, x
+    width = context.shape[-1]
+    leading = pads.squeeze(-1).long().cumprod(1).sum(1, keepdim=True)
+    place = torch.arange(width + seqlen, device=x.device).expand(batch, -1)
+    # Of [learned inputs, pads, tokens] the first two change places.
+    source = torch.where(place < leading, place + width, torch.where(place < leading + width, place - leading, place))
+    source = source.unsqueeze(-1).expand(-1, -1, dim)
+    moved = torch.cat([context.transpose(1, 2), x.transpose(1, 2)], dim=1).gather(1, source).transpose(1, 2)
+    return moved[..., :width], moved[..., width:]
 
 
 def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:

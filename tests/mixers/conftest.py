@@ -53,7 +53,7 @@ def make_pair(make_mamba):
 
 
 class Additions(StateAdapter):
-    """The simplest adapter: whichever of the three inputs it is made with, as parameters."""
+    """The simplest adapter: whichever of the four inputs it is made with, as parameters."""
 
     def __init__(self, **tensors):
         super().__init__()
@@ -74,6 +74,7 @@ def adapt():
             generator = torch.Generator().manual_seed(index)
             dim, dstate = mixer.intermediate_size, mixer.ssm_state_size
             shapes = {"initial_state": (dim, dstate), "state_offset": (dim, dstate), "output_offset": (dim,)}
+            shapes["conv_state"] = (dim, mixer.conv_kernel_size - 1)
             adapter = Additions(**{kind: torch.randn(shapes[kind], generator=generator) for kind in kinds})
             mixer.add_module(name, adapter)
             adapters.append(adapter)

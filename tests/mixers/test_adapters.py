@@ -127,11 +127,43 @@ def test_adapters_of_one_mixer_add_up(make_mamba, adapt, tokens, assert_close):
 def test_every_input_of_an_adapter_gets_a_gradient(make_mamba, adapt, tokens):
     model = make_mamba().requires_grad_(False)
     patch(model)
-    adapters = adapt(model, "initial_state", "state_offset", "output_offset")
+    adapters = adapt(model, "initial_state", "state_offset", "output_offset", "conv_state")
     model(tokens(2, 7)).logits.square().sum().backward()
     for adapter in adapters:
         for name, tensor in adapter.tensors.items():
             assert (tensor.grad != 0).all(), name
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 3, 6])
+def test_a_conv_state_is_what_the_convolution_sees_first(make_mamba, adapt, tokens, assert_close, seqlen):
+    model = make_mamba(num_hidden_layers=1)
+    patch(model)
+    mixer = find_mixers(model)[0][1]
+    seen = {}
+    mixer.in_proj.register_forward_hook(lambda module, args, output: seen.update(x=output.chunk(2, dim=-1)[0]))
+    mixer.x_proj.register_forward_pre_hook(lambda module, args: seen.update(u=args[0]))
+    conv_state = adapt(model, "conv_state")[0].tensors["conv_state"]
+    with torch.no_grad():
+        model(tokens(2, seqlen))
+        x = torch.cat([conv_state.expand(2, -1, -1), seen["x"].transpose(1, 2)], dim=-1)
+        conv = mixer.conv1d
+        expected = torch.nn.functional.conv1d(x, conv.weight, conv.bias, groups=conv.groups)
+    assert_close("u", torch.nn.functional.silu(expected), seen["u"].transpose(1, 2), 1e-6)
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 3, 4, 6])
+def test_a_cached_conv_state_replaces_the_learned_one(make_mamba, adapt, tokens, assert_close, seqlen):
+    model = make_mamba()
+    patch(model)
+    adapt(model, "conv_state", "initial_state")
+    text = tokens(2, 8)
+    with torch.no_grad():
+        expected = model(text).logits
+        first = model(text[:, :seqlen], use_cache=True)
+        steps = [first.logits]
+        for t in range(seqlen, 8):
+            steps.append(model(text[:, t : t + 1], cache_params=first.cache_params, use_cache=True).logits)
+    assert_close("logits", expected, torch.cat(steps, dim=1), 1e-5)
 
 
 def test_state_inputs_of_a_batch_add_to_shared_ones(make_mamba):

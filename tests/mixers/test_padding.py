@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-KINDS = ("initial_state", "state_offset", "output_offset")
+KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 
 
 def padded(rows, side, seqlen):
