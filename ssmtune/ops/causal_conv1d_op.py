@@ -7,30 +7,36 @@ from ssmtune.ops import layout
 from ssmtune.ops.backends import implementation
 from ssmtune.ops.reference import compute_dtype
 
-_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states"
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? cu_seqlens"
+_DIFFERENTIABLE = 4
 
 torch.library.define(
     "ssmtune::causal_conv1d_fwd",
-    f"({_TENSORS}, bool silu, str backend) -> Tensor",
+    f"({_TENSORS}, bool silu, bool return_final_states, str backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "ssmtune::causal_conv1d_bwd",
-    f"(Tensor dout, {_TENSORS}, bool silu, bool[] wanted, str backend) -> Tensor[]",
+    f"(Tensor? dout, Tensor? dfinal_states, {_TENSORS}, bool silu, bool[] wanted, str backend) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.register_fake("ssmtune::causal_conv1d_fwd")
-def _fake_forward(x, weight, bias, initial_states, silu, backend) -> Tensor:
-    return layout.empty_like(x)
+def _allocate_results(
+    x, weight, bias, initial_states, cu_seqlens, silu, return_final_states, backend
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (rows, x.shape[1], weight.shape[1] - 1) if return_final_states else (0,)
+    return layout.empty_like(x), x.new_empty(shape)
 
 
 @torch.library.impl("ssmtune::causal_conv1d_fwd", "CompositeExplicitAutograd")
-def _forward(x, weight, bias, initial_states, silu, backend) -> Tensor:
-    out = layout.empty_like(x)
-    implementation(backend).causal_conv1d_forward((x, weight, bias, initial_states), silu, out)
-    return out
+def _forward(*args) -> tuple[Tensor, Tensor]:
+    inputs, (silu, return_final_states, backend) = args[:5], args[5:]
+    out, final_states = _allocate_results(*args)
+    implementation(backend).causal_conv1d_forward(inputs, silu, out, final_states if return_final_states else None)
+    return out, final_states
 
 
 def _allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor | None]:
@@ -48,28 +54,37 @@ def _wanted_gradients(inputs: tuple[Tensor | None, ...], gradients: list[Tensor 
 
 
 @torch.library.register_fake("ssmtune::causal_conv1d_bwd")
-def _fake_backward(dout, x, weight, bias, initial_states, silu, wanted, backend) -> list[Tensor]:
+def _fake_backward(
+    dout, dfinal_states, x, weight, bias, initial_states, cu_seqlens, silu, wanted, backend
+) -> list[Tensor]:
     inputs = (x, weight, bias, initial_states)
     return _wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
 
 
 @torch.library.impl("ssmtune::causal_conv1d_bwd", "CompositeExplicitAutograd")
-def _backward(dout, x, weight, bias, initial_states, silu, wanted, backend) -> list[Tensor]:
-    inputs = (x, weight, bias, initial_states)
-    gradients = _allocate_gradients(inputs, wanted)
-    implementation(backend).causal_conv1d_backward(dout, inputs, silu, gradients)
-    return _wanted_gradients(inputs, gradients)
+def _backward(dout, dfinal_states, *args) -> list[Tensor]:
+    inputs, (silu, wanted, backend) = args[:5], args[5:]
+    gradients = _allocate_gradients(inputs[:_DIFFERENTIABLE], wanted)
+    implementation(backend).causal_conv1d_backward(dout, dfinal_states, inputs, silu, gradients)
+    return _wanted_gradients(inputs[:_DIFFERENTIABLE], gradients)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.silu, ctx.backend = inputs
+    *tensors, ctx.silu, return_final_states, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    if not return_final_states:
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx, dout) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:4])
-    computed = iter(torch.ops.ssmtune.causal_conv1d_bwd(dout, *ctx.saved_tensors, ctx.silu, wanted, ctx.backend))
-    return *(next(computed) if is_wanted else None for is_wanted in wanted), None, None
+def _autograd(ctx, dout, dfinal_states) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    if dout is None and dfinal_states is None:
+        return (None,) * len(ctx.needs_input_grad)
+    computed = iter(
+        torch.ops.ssmtune.causal_conv1d_bwd(dout, dfinal_states, *ctx.saved_tensors, ctx.silu, wanted, ctx.backend)
+    )
+    return *(next(computed) if is_wanted else None for is_wanted in wanted), None, None, None, None
 
 
 torch.library.register_autograd("ssmtune::causal_conv1d_fwd", _autograd, setup_context=_setup_context)

@@ -7,6 +7,7 @@ tensors that are dense along dim or seqlen, and everything else contiguous in fl
 import torch
 from torch import Tensor
 
+from ssmtune.ops import reference_backend
 from ssmtune.ops.layout import contiguous, dense_axis
 
 CHUNK_SIZE = 64
@@ -55,17 +56,27 @@ def selective_state_update(*args) -> None:
     torch.ops.ssmtune_native.selective_state_update(*args)
 
 
-def causal_conv1d_forward(inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor) -> None:
+def causal_conv1d_forward(
+    inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor, final_states: Tensor | None
+) -> None:
     """Run the convolution."""
-    torch.ops.ssmtune_native.causal_conv1d_fwd(*_conv_inputs(*inputs), silu, out)
+    if final_states is not None or inputs[4] is not None:
+        return reference_backend.causal_conv1d_forward(inputs, silu, out, final_states)
+    torch.ops.ssmtune_native.causal_conv1d_fwd(*_conv_inputs(*inputs[:4]), silu, out)
 
 
 def causal_conv1d_backward(
-    dout: Tensor, inputs: tuple[Tensor | None, ...], silu: bool, gradients: list[Tensor | None]
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    silu: bool,
+    gradients: list[Tensor | None],
 ) -> None:
     """Run the convolution backward."""
+    if dout is None or dfinal_states is not None or inputs[4] is not None:
+        return reference_backend.causal_conv1d_backward(dout, dfinal_states, inputs, silu, gradients)
     torch.ops.ssmtune_native.causal_conv1d_bwd(
-        _sequence(dout, inputs[0].dtype), *_conv_inputs(*inputs), silu, *gradients
+        _sequence(dout, inputs[0].dtype), *_conv_inputs(*inputs[:4]), silu, *gradients
     )
 
 

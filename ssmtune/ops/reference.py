@@ -7,9 +7,13 @@ Every kernel is held to these functions. They compute in float32, or in float64 
 unbound once rather than indexed step by step: autograd of an index fills a whole tensor with zeros at each step.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ssmtune.ops.packing import sequence_bounds
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -120,15 +124,27 @@ def causal_conv1d_reference(
     *,
     initial_states: Tensor | None = None,
     activation: str | None = None,
-) -> Tensor:
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Convolve each channel with its own causal filter, one tap at a time.
 
     Args:
         As for `ssmtune.ops.causal_conv1d`.
 
     Returns:
-        out (batch, dim, seqlen) in the dtype of x.
+        out (batch, dim, seqlen) and final_states (batch or n_sequences, dim, width - 1), both in the dtype of x.
     """
+    if cu_seqlens is not None:
+        bounds = sequence_bounds("causal_conv1d", cu_seqlens, x.shape[2])
+        sequences = [x[:, :, start:stop] for start, stop in pairwise(bounds)]
+        starts = [None] * len(sequences) if initial_states is None else initial_states.split(1)
+        results = [
+            causal_conv1d_reference(sequence, weight, bias, initial_states=start, activation=activation)
+            for sequence, start in zip(sequences, starts, strict=True)
+        ]
+        out, final_states = zip(*results, strict=True)
+        return torch.cat(out, dim=2), torch.cat(final_states)
+
     dtype, seqlen, width = x.dtype, x.shape[2], weight.shape[1]
     x, weight, bias, initial_states = cast(compute_dtype(x), x, weight, bias, initial_states)
     if initial_states is None:
@@ -138,4 +154,4 @@ def causal_conv1d_reference(
     out = sum(weight[:, tap, None] * padded[:, :, tap : tap + seqlen] for tap in range(width))
     if bias is not None:
         out = out + bias[:, None]
-    return (out if activation is None else F.silu(out)).to(dtype)
+    return (out if activation is None else F.silu(out)).to(dtype), padded[:, :, seqlen:].to(dtype)

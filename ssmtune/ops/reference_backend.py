@@ -68,21 +68,29 @@ def selective_state_update(
     )
 
 
-def causal_conv1d_forward(inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor) -> None:
+def causal_conv1d_forward(
+    inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor, final_states: Tensor | None
+) -> None:
     """Run the convolution."""
-    x, weight, bias, initial_states = inputs
-    out.copy_(
-        reference.causal_conv1d_reference(
-            x, weight, bias, initial_states=initial_states, activation="silu" if silu else None
-        )
+    x, weight, bias, initial_states, cu_seqlens = inputs
+    results = reference.causal_conv1d_reference(
+        *(x, weight, bias),
+        initial_states=initial_states,
+        activation="silu" if silu else None,
+        cu_seqlens=cu_seqlens,
     )
+    _write(results, (out, final_states))
 
 
 def causal_conv1d_backward(
-    dout: Tensor, inputs: tuple[Tensor | None, ...], silu: bool, gradients: list[Tensor | None]
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    silu: bool,
+    gradients: list[Tensor | None],
 ) -> None:
     """Run the convolution backward."""
-    _write(reference_backward.causal_conv1d_reference_backward(dout, *inputs, silu), gradients)
+    _write(reference_backward.causal_conv1d_reference_backward(dout, dfinal_states, *inputs, silu), gradients)
 
 
 def _write(results: Sequence[Tensor | None], targets: Sequence[Tensor | None]) -> None:

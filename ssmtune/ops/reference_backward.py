@@ -5,10 +5,14 @@ g_t = dout_t silu(z_t) and a_t = exp(delta_t A), the adjoint of h_t is G_t = C_t
 is a sum over it.
 """
 
+from collections.abc import Iterable
+from itertools import pairwise, repeat
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmtune.ops.packing import sequence_bounds
 from ssmtune.ops.reference import cast, compute_dtype
 
 
@@ -91,11 +95,35 @@ def _per_row(tensor: Tensor | None, dimensions: int) -> bool:
 
 
 def causal_conv1d_reference_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, silu: bool
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, weight, bias and initial_states."""
+    if cu_seqlens is not None:
+        bounds = sequence_bounds("causal_conv1d", cu_seqlens, x.shape[2])
+        lengths = [stop - start for start, stop in pairwise(bounds)]
+        results = [
+            causal_conv1d_reference_backward(dout, dfinal_states, x, weight, bias, initial_states, None, silu)
+            for dout, dfinal_states, x, initial_states in zip(
+                *(_pieces(dout, lengths, 2), _pieces(dfinal_states, 1, 0)),
+                *(_pieces(x, lengths, 2), _pieces(initial_states, 1, 0)),
+                strict=False,
+            )
+        ]
+        dx, dweight, dbias, dinitial_states = zip(*results, strict=True)
+        return torch.cat(dx, dim=2), sum(dweight), sum(dbias), torch.cat(dinitial_states)
+
     seqlen, width = x.shape[2], weight.shape[1]
-    dout, x, weight, bias, initial_states = cast(compute_dtype(x), dout, x, weight, bias, initial_states)
+    dout, dfinal_states, x, weight, bias, initial_states = cast(
+        compute_dtype(x), dout, dfinal_states, x, weight, bias, initial_states
+    )
+    dout = torch.zeros_like(x) if dout is None else dout
     if initial_states is None:
         initial_states = x.new_zeros(x.shape[0], x.shape[1], width - 1)
     padded = torch.cat([initial_states, x], dim=2)
@@ -104,7 +132,13 @@ def causal_conv1d_reference_backward(
         y = sum(weight[:, tap, None] * taps[tap] for tap in range(width))
         dout = dout * silu_gradient(y if bias is None else y + bias[:, None])
     dpadded = torch.zeros_like(padded)
+    if dfinal_states is not None:
+        dpadded[:, :, seqlen:] += dfinal_states
     for tap in range(width):
         dpadded[:, :, tap : tap + seqlen] += weight[:, tap, None] * dout
     dweight = torch.stack([(dout * taps[tap]).sum((0, 2)) for tap in range(width)], dim=1)
     return dpadded[:, :, width - 1 :], dweight, dout.sum((0, 2)), dpadded[:, :, : width - 1]
+
+
+def _pieces(tensor: Tensor | None, sizes: int | list[int], dim: int) -> Iterable[Tensor | None]:
+    return repeat(None) if tensor is None else tensor.split(sizes, dim)

@@ -34,22 +34,45 @@ def make(batch, dim, seqlen, width, *, layout="last", dtype=torch.float32, bias=
     }
 
 
-def run(conv, inputs, dtype=None, seed=0, **kwargs):
+def run(conv, inputs, dtype=None, seed=0, final=True, cu_seqlens=None, **kwargs):
+    """Return the results and all gradients; the reference always returns final states."""
     inputs = {
         name: None if x is None else (x if dtype is None else x.to(dtype)).detach().requires_grad_()
         for name, x in inputs.items()
     }
-    out = conv(**inputs, **kwargs)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(out.dtype)
+    if conv is causal_conv1d:
+        kwargs["return_final_states"] = final
+    results = conv(**inputs, cu_seqlens=cu_seqlens, **kwargs)
+    results = dict(zip(("out", "final_states"), results if isinstance(results, tuple) else (results,), strict=False))
+    if not final:
+        results.pop("final_states", None)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in results.values()]
     given = {name: x for name, x in inputs.items() if x is not None}
-    gradients = torch.autograd.grad(out, list(given.values()), weight)
-    return {"out": out.detach()} | {f"d{name}": g for name, g in zip(given, gradients, strict=True)}
+    gradients = torch.autograd.grad(list(results.values()), list(given.values()), weights)
+    return {name: x.detach() for name, x in results.items()} | {
+        f"d{name}": g for name, g in zip(given, gradients, strict=True)
+    }
+
+
+def check(inputs, final, backend, **kwargs):
+    """Hold results and gradients to the reference in float64; the error may be 4 times its own in float32."""
+    exact = run(causal_conv1d_reference, inputs, torch.float64, final=final, **kwargs)
+    single = run(causal_conv1d_reference, inputs, torch.float32, final=final, **kwargs)
+    actual = run(causal_conv1d, inputs, final=final, backend=backend, **kwargs)
+    assert actual.keys() == exact.keys()
+    assert actual["out"].dtype == inputs["x"].dtype
+    for name, value in actual.items():
+        allowed = max(4 * error_ratio(exact[name], single[name]), 1e-6)
+        if value.dtype in (torch.bfloat16, torch.float16):
+            allowed += 1.5 * error_ratio(exact[name], exact[name].to(value.dtype))
+        assert_close(name, exact[name], value, allowed)
 
 
 def cases():
     chance = random.Random(0)
     dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
-    for seed, (width, activation) in enumerate(itertools.product((1, 2, 3, 4, 4, 5, 7), (None, "silu", "swish"))):
+    for seed, (width, activation) in enumerate(itertools.product((1, 2, 3, 4, 4, 5, 6, 7), (None, "silu", "swish"))):
         sizes = chance.choice((1, 2, 3)), chance.choice((1, 7, 16, 33)), chance.choice((1, 2, 3, 17, 64, 129)), width
         flags = {
             "layout": chance.choice(("first", "last", "odd", "strided")),
@@ -65,15 +88,55 @@ def cases():
 @pytest.mark.parametrize("sizes, flags, activation", cases())
 def test_causal_conv1d(sizes, flags, activation, backend, poison_empty):
     inputs = make(*sizes, **flags)
-    exact = run(causal_conv1d_reference, inputs, torch.float64, activation=activation)
-    single = run(causal_conv1d_reference, inputs, torch.float32, activation=activation)
-    actual = run(causal_conv1d, inputs, activation=activation, backend=backend)
-    assert actual["out"].dtype == flags["dtype"]
-    for name, value in actual.items():
-        allowed = max(4 * error_ratio(exact[name], single[name]), 1e-6)
-        if value.dtype in (torch.bfloat16, torch.float16):
-            allowed += 1.5 * error_ratio(exact[name], exact[name].to(value.dtype))
-        assert_close(name, exact[name], value, allowed)
+    check(inputs, flags["seed"] % 3 > 0, backend, activation=activation)
+
+
+def packed_cases():
+    chance = random.Random(1)
+    for seed, width in enumerate((1, 2, 3, 4, 4, 4, 5, 6)):
+        lengths = [chance.choice((1, 1, 2, 3, 5, 17, 63, 64, 65, 130)) for _ in range(chance.choice((1, 2, 4, 9)))]
+        flags = {
+            "layout": ("first", "last", "odd", "strided")[seed % 4],
+            "dtype": (torch.float32, torch.bfloat16, torch.float32, torch.float16)[seed % 4],
+            "bias": seed % 3 > 0,
+            "seed": seed,
+        }
+        words = "-".join(str(value) for value in flags.values())
+        yield pytest.param(lengths, chance.choice((1, 7, 16, 33)), width, flags, id=f"{lengths}-{width}-{words}")
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["from-zero", "from-states"])
+@pytest.mark.parametrize("lengths, dim, width, flags", packed_cases())
+def test_packed_sequences(lengths, dim, width, flags, initial, backend, poison_empty):
+    inputs = make(1, dim, sum(lengths), width, initial=False, **flags)
+    if initial:
+        inputs["initial_states"] = torch.randn(len(lengths), dim, width - 1)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=(torch.int32, torch.int64)[width % 2])
+    check(inputs, flags["seed"] % 4 > 0, backend, activation="silu" if width % 2 else None, cu_seqlens=cu_seqlens)
+
+
+def test_packing_changes_nothing(backend):
+    inputs = make(1, 20, 75, 4, initial=False)
+    states = torch.randn(3, 20, 3)
+    cu_seqlens = torch.tensor([0, 2, 40, 75])
+    whole = causal_conv1d(
+        **inputs | {"initial_states": states},
+        return_final_states=True,
+        activation="silu",
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    alone = [
+        causal_conv1d(
+            **inputs | {"x": inputs["x"][:, :, start:stop], "initial_states": states[i : i + 1]},
+            return_final_states=True,
+            activation="silu",
+            backend=backend,
+        )
+        for i, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+    ]
+    assert torch.equal(whole[0], torch.cat([out for out, _ in alone], dim=2))
+    assert torch.equal(whole[1], torch.cat([final for _, final in alone]))
 
 
 def test_causal_conv1d_of_torch(backend):
@@ -90,7 +153,8 @@ def test_causal_conv1d_gradcheck(activation, initial):
     given = {name: x.double().requires_grad_() for name, x in inputs.items() if x is not None}
 
     def conv(*tensors):
-        return causal_conv1d(**dict(zip(given, tensors, strict=True)), activation=activation)
+        named = dict(zip(given, tensors, strict=True))
+        return causal_conv1d(**named, activation=activation, return_final_states=True)
 
     assert torch.autograd.gradcheck(conv, tuple(given.values()))
 
@@ -98,25 +162,31 @@ def test_causal_conv1d_gradcheck(activation, initial):
 @pytest.mark.parametrize("cut", [1, 2, 3, 30, 49])
 def test_cutting_a_sequence_changes_nothing(backend, cut):
     inputs = {name: x.requires_grad_() for name, x in make(2, 16, 50, 4).items()}
-    whole = causal_conv1d(**inputs, activation="silu", backend=backend)
+    options = {"activation": "silu", "return_final_states": True, "backend": backend}
+    whole, last = causal_conv1d(**inputs, **options)
     x, parameters = inputs["x"], (inputs["weight"], inputs["bias"])
-    context = torch.cat([inputs["initial_states"], x[:, :, :cut]], dim=2)[:, :, -3:]
-    pieces = [
-        causal_conv1d(
-            x[:, :, :cut],
-            *parameters,
-            initial_states=inputs["initial_states"],
-            activation="silu",
-            backend=backend,
-        ),
-        causal_conv1d(x[:, :, cut:], *parameters, initial_states=context, activation="silu", backend=backend),
-    ]
-    out = torch.cat(pieces, dim=2)
+    left, states = causal_conv1d(x[:, :, :cut], *parameters, initial_states=inputs["initial_states"], **options)
+    right, states = causal_conv1d(x[:, :, cut:], *parameters, initial_states=states, **options)
+    out = torch.cat([left, right], dim=2)
     assert_close("out", whole, out, 1e-6)
-    weight = torch.randn_like(whole)
+    assert torch.equal(last, states)
+    weights = torch.randn_like(whole), torch.randn_like(last)
     for name, tensor in inputs.items():
-        a, b = (torch.autograd.grad((y * weight).sum(), tensor, retain_graph=True)[0] for y in (whole, out))
+        a, b = (
+            torch.autograd.grad(results, tensor, weights, retain_graph=True)[0]
+            for results in ((whole, last), (out, states))
+        )
         assert_close(f"d{name}", a, b, 2e-6)
+
+
+def test_final_states_alone_have_gradients(backend):
+    inputs = {name: x.requires_grad_() for name, x in make(2, 16, 2, 4).items()}
+    _, final_states = causal_conv1d(**inputs, activation="silu", return_final_states=True, backend=backend)
+    weight = torch.randn_like(final_states)
+    gradients = torch.autograd.grad(final_states, list(inputs.values()), weight)
+    expected = [weight[:, :, 1:], torch.zeros(16, 4), torch.zeros(16), F.pad(weight[:, :, :1], (2, 0))]
+    for gradient, value in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient, value)
 
 
 def test_zero_initial_states_change_nothing(backend):

@@ -59,16 +59,6 @@ def test_opcheck_selective_scan_bwd(scan_inputs, backend):
         opcheck(torch.ops.ssmtune.selective_scan_bwd, args)
 
 
-def test_opcheck_causal_conv1d(conv_inputs, backend):
-    opcheck(torch.ops.ssmtune.causal_conv1d_fwd, (*conv_inputs.values(), True, backend))
-    dout = torch.randn(2, 6, 9)
-    wanted = [True, False, True, True]
-    opcheck(torch.ops.ssmtune.causal_conv1d_bwd, (dout, *conv_inputs.values(), True, wanted, backend))
-    for x in conv_inputs.values():
-        x.requires_grad_()
-    opcheck(torch.ops.ssmtune.causal_conv1d_fwd, (*conv_inputs.values(), True, backend))
-
-
 def test_opcheck_selective_state_update(update_inputs, backend):
     args = (*update_inputs.values(), None, None, True, torch.randn(6, 4), None, backend)
     opcheck(torch.ops.ssmtune.selective_state_update, args)

@@ -1,0 +1,70 @@
+"""Sequences of different lengths packed one after the other along seqlen.
+
+`cu_seqlens` holds where each sequence starts and, last, where the last one ends: [0, 5, 12] are sequences of 5 and of
+7 steps.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_cu_seqlens(op: str, main: str, cu_seqlens: Tensor, batch: int, seqlen: int, device: torch.device) -> None:
+    """Check `cu_seqlens` against the tensor named `main`; its values only on the CPU.
+
+    To read them from a GPU would wait for it on every call, and a compiled graph cannot read them at all: there whoever
+    loops over the sequences checks them.
+    """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(
+            f"{op}: cu_seqlens is of type {type(cu_seqlens).__name__}, expected a tensor or None.\n"
+            "  The operator works on torch tensors only. Convert it with torch.tensor(cu_seqlens, dtype=torch.int32)."
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64.\n"
+            "  Its values are positions along seqlen. Cast it, for example with cu_seqlens.int()."
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n_sequences + 1,), 2 values or more.\n"
+            "  It holds where each sequence starts and where the last one ends. Pass [0, seqlen] for a single one."
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(
+            f"{op}: cu_seqlens is on {cu_seqlens.device}, but {main} is on {device}.\n"
+            f"  All tensors of one call must be on one device. Move it with cu_seqlens.to({main}.device)."
+        )
+    if batch != 1:
+        raise ValueError(
+            f"{op}: cu_seqlens was given, but {main} has batch {batch}, expected 1.\n"
+            "  Packed sequences follow each other in one row. Join the rows along seqlen and leave out their padding."
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        sequence_bounds(op, cu_seqlens, seqlen)
+
+
+def sequence_bounds(op: str, cu_seqlens: Tensor, seqlen: int) -> list[int]:
+    """Read `cu_seqlens` and check its values.
+
+    Raises:
+        ValueError: it does not cut seqlen into sequences that are not empty.
+    """
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(
+            f"{op}: cu_seqlens starts with {bounds[0]}, expected 0.\n"
+            "  It holds where each sequence starts, the first at 0. Put a 0 before the cumulative sum of the lengths."
+        )
+    for i in range(1, len(bounds)):
+        if bounds[i] <= bounds[i - 1]:
+            raise ValueError(
+                f"{op}: cu_seqlens holds {bounds[i - 1]} and then {bounds[i]} (values {i - 1} and {i}), so sequence "
+                f"{i - 1} has no steps.\n"
+                "  It must increase from each value to the next. Leave out sequences that are empty."
+            )
+    if bounds[-1] != seqlen:
+        raise ValueError(
+            f"{op}: cu_seqlens ends with {bounds[-1]}, expected seqlen = {seqlen}.\n"
+            "  Every step belongs to a sequence. Pass padding at the end as a sequence of its own, or cut it off."
+        )
+    return bounds
