@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ssmtune.ops.packing import sequence_bounds
 
+ALONG_STEPS = ("u", "delta", "B", "C", "z", "dout")
+_DIMENSIONS_WITH_ROWS = {"initial_state": 3, "state_offset": 3, "output_offset": 2, "dlast_state": 3}
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of states and sums for an input: float64 for float64, else float32."""
@@ -23,6 +26,41 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def has_rows(name: str, tensor: Tensor | None) -> bool:
+    """Say whether a parameter has a row for each row of the batch, or for each packed sequence."""
+    return tensor is not None and tensor.dim() == _DIMENSIONS_WITH_ROWS.get(name)
+
+
+def split_sequences(cu_seqlens: Tensor, tensors: dict[str, Tensor | None]) -> list[dict[str, Tensor | None]]:
+    """Cut the tensors of a packed scan, by the names of its arguments, into those of each sequence."""
+    bounds = sequence_bounds("selective_scan", cu_seqlens, tensors["u"].shape[2])
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    sequences = [dict(tensors) for _ in lengths]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if name in ALONG_STEPS:
+            pieces = tensor.split(lengths, dim=-1)
+        elif has_rows(name, tensor):
+            pieces = tensor.split(1)
+        else:
+            continue
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            sequence[name] = piece
+    return sequences
+
+
+def grouped(B: Tensor) -> Tensor:
+    """Return B or C as (batch, groups, dstate, seqlen)."""
+    return B.unsqueeze(1) if B.dim() == 3 else B
+
+
+def for_channels(B_t: Tensor, dim: int) -> Tensor:
+    """Give each channel the row of its group: (batch, groups, dstate) to (batch, dim, dstate)."""
+    batch, groups, dstate = B_t.shape
+    return B_t[:, :, None, :].expand(batch, groups, dim // groups, dstate).reshape(batch, dim, dstate)
 
 
 def selective_scan_reference(
@@ -39,15 +77,25 @@ def selective_scan_reference(
     initial_state: Tensor | None = None,
     state_offset: Tensor | None = None,
     output_offset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence step by step.
+    """Run the recurrence step by step, packed sequences one by one.
 
     Args:
         As for `ssmtune.ops.selective_scan`.
 
     Returns:
-        out (batch, dim, seqlen) in the dtype of u, and last_state (batch, dim, dstate).
+        out (batch, dim, seqlen) in the dtype of u, and last_state (batch or n_sequences, dim, dstate).
     """
+    if cu_seqlens is not None:
+        tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+        tensors |= {"initial_state": initial_state, "state_offset": state_offset, "output_offset": output_offset}
+        results = [
+            selective_scan_reference(**sequence, delta_softplus=delta_softplus)
+            for sequence in split_sequences(cu_seqlens, tensors)
+        ]
+        outs, states = zip(*results, strict=True)
+        return torch.cat(outs, dim=2), torch.cat(states)
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset = cast(
         compute_dtype(u), u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset
@@ -57,18 +105,21 @@ def selective_scan_reference(
     if delta_softplus:
         delta = F.softplus(delta)
 
+    B, C = grouped(B), grouped(C)
     h = u.new_zeros(u.shape[0], *A.shape)
     if initial_state is not None:
         h = h + initial_state
     y = []
-    for u_t, delta_t, B_t, C_t in zip(u.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), strict=True):
+    for u_t, delta_t, B_t, C_t in zip(u.unbind(2), delta.unbind(2), B.unbind(3), C.unbind(3), strict=True):
         # (batch, dim, dstate)
-        h = torch.exp(delta_t[:, :, None] * A) * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]
-        y.append((h * C_t[:, None, :]).sum(2))
+        B_t, C_t = for_channels(B_t, A.shape[0]), for_channels(C_t, A.shape[0])
+        h = torch.exp(delta_t[:, :, None] * A) * h + (delta_t * u_t)[:, :, None] * B_t
+        y.append((h * C_t).sum(2))
     out = torch.stack(y, dim=2)
 
     if state_offset is not None:
-        out = out + state_offset @ C
+        # (batch or 1, groups, dim / groups, dstate) @ (batch, groups, dstate, seqlen)
+        out = out + (state_offset.reshape(-1, C.shape[1], A.shape[0] // C.shape[1], A.shape[1]) @ C).flatten(1, 2)
     if D is not None:
         out = out + D[:, None] * u
     if output_offset is not None:

@@ -7,13 +7,16 @@ from torch import Tensor
 from ssmtune.ops import reference, reference_backward
 
 
-def chunk_states_shape(batch: int, dim: int, seqlen: int, dstate: int) -> tuple[int, ...]:
+def chunk_states_shape(
+    batch: int, dim: int, seqlen: int, dstate: int, groups: int, n_sequences: int | None
+) -> tuple[int, ...]:
     """Return the shape of an empty buffer: the reference keeps nothing between its forward and its backward pass."""
     return (0,)
 
 
 def selective_scan_forward(
     inputs: tuple[Tensor | None, ...],
+    cu_seqlens: Tensor | None,
     delta_softplus: bool,
     out: Tensor,
     last_state: Tensor,
@@ -27,6 +30,7 @@ def selective_scan_forward(
         initial_state=initial_state,
         state_offset=state_offset,
         output_offset=output_offset,
+        cu_seqlens=cu_seqlens,
     )
     _write(results, (out, last_state))
 
@@ -35,12 +39,16 @@ def selective_scan_backward(
     dout: Tensor | None,
     dlast_state: Tensor | None,
     inputs: tuple[Tensor | None, ...],
+    cu_seqlens: Tensor | None,
     chunk_states: Tensor,
     delta_softplus: bool,
     gradients: list[Tensor | None],
 ) -> None:
     """Run the scan backward."""
-    _write(reference_backward.selective_scan_reference_backward(dout, dlast_state, *inputs, delta_softplus), gradients)
+    results = reference_backward.selective_scan_reference_backward(
+        dout, dlast_state, *inputs, delta_softplus, cu_seqlens
+    )
+    _write(results, gradients)
 
 
 def selective_state_update(

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmtune.ops.packing import sequence_bounds
-from ssmtune.ops.reference import cast, compute_dtype
+from ssmtune.ops.reference import (
+    ALONG_STEPS,
+    cast,
+    compute_dtype,
+    for_channels,
+    grouped,
+    has_rows,
+    split_sequences,
+)
 
 
 def silu_gradient(x: Tensor) -> Tensor:
@@ -37,8 +45,21 @@ def selective_scan_reference_backward(
     state_offset: Tensor | None,
     output_offset: Tensor | None,
     delta_softplus: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of all eleven tensors, summed over the batch where one row is shared."""
+    if cu_seqlens is not None:
+        tensors = {"dout": dout, "dlast_state": dlast_state, "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}
+        tensors |= {"z": z, "delta_bias": delta_bias, "initial_state": initial_state}
+        tensors |= {"state_offset": state_offset, "output_offset": output_offset}
+        gradients = [
+            selective_scan_reference_backward(**sequence, delta_softplus=delta_softplus)
+            for sequence in split_sequences(cu_seqlens, tensors)
+        ]
+        return tuple(
+            _join(name, tensor, pieces)
+            for (name, tensor), pieces in zip(list(tensors.items())[2:], zip(*gradients, strict=True), strict=True)
+        )
     (dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset) = cast(
         compute_dtype(u),
         *(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset),
@@ -49,17 +70,20 @@ def selective_scan_reference_backward(
     g = dout if z is None else dout * F.silu(z)
     offset = 0 if state_offset is None else state_offset
 
+    shape, dim = B.shape, A.shape[0]
+    B, C = grouped(B), grouped(C)
     h = u.new_zeros(u.shape[0], *A.shape) + (0 if initial_state is None else initial_state)
     states = [h]
-    for u_t, delta_t, B_t in zip(u.unbind(2), delta.unbind(2), B.unbind(2), strict=True):
-        h = torch.exp(delta_t[:, :, None] * A) * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]
+    for u_t, delta_t, B_t in zip(u.unbind(2), delta.unbind(2), B.unbind(3), strict=True):
+        h = torch.exp(delta_t[:, :, None] * A) * h + (delta_t * u_t)[:, :, None] * for_channels(B_t, dim)
         states.append(h)
 
     carry = torch.zeros_like(h) if dlast_state is None else dlast_state
     y, dGB, ddelta, dA = torch.empty_like(u), torch.empty_like(u), torch.empty_like(u), torch.zeros_like(A)
     dB, dC = torch.empty_like(B), torch.empty_like(C)
     for t in reversed(range(u.shape[2])):
-        delta_t, u_t, g_t, B_t, C_t = delta[:, :, t], u[:, :, t], g[:, :, t], B[:, None, :, t], C[:, None, :, t]
+        delta_t, u_t, g_t = delta[:, :, t], u[:, :, t], g[:, :, t]
+        B_t, C_t = for_channels(B[..., t], dim), for_channels(C[..., t], dim)
         read = states[t + 1] + offset
         G = C_t * g_t[:, :, None] + carry
         carry = torch.exp(delta_t[:, :, None] * A) * G
@@ -68,8 +92,8 @@ def selective_scan_reference_backward(
         dGB[:, :, t] = (G * B_t).sum(2)
         ddelta[:, :, t] = u_t * dGB[:, :, t] + (decayed * A).sum(2)
         dA += (decayed * delta_t[:, :, None]).sum(0)
-        dB[:, :, t] = (G * (delta_t * u_t)[:, :, None]).sum(1)
-        dC[:, :, t] = (read * g_t[:, :, None]).sum(1)
+        dB[..., t] = _sum_groups(G * (delta_t * u_t)[:, :, None], B.shape[1])
+        dC[..., t] = _sum_groups(read * g_t[:, :, None], C.shape[1])
 
     du = delta * dGB
     if D is not None:
@@ -80,18 +104,32 @@ def selective_scan_reference_backward(
     if delta_softplus:
         ddelta *= torch.sigmoid(raw_delta)
     dz = None if z is None else dout * y * silu_gradient(z)
-    dstate_offset = g @ C.transpose(1, 2)
+    dstate_offset = state_offset_gradient(g, C)
     return (
-        *(du, ddelta, dA, dB, dC),
+        *(du, ddelta, dA, dB.view(shape), dC.view(shape)),
         *((g * u).sum((0, 2)), dz, ddelta.sum((0, 2))),
-        carry if _per_row(initial_state, 3) else carry.sum(0),
-        dstate_offset if _per_row(state_offset, 3) else dstate_offset.sum(0),
-        g.sum(2) if _per_row(output_offset, 2) else g.sum((0, 2)),
+        carry if has_rows("initial_state", initial_state) else carry.sum(0),
+        dstate_offset if has_rows("state_offset", state_offset) else dstate_offset.sum(0),
+        g.sum(2) if has_rows("output_offset", output_offset) else g.sum((0, 2)),
     )
 
 
-def _per_row(tensor: Tensor | None, dimensions: int) -> bool:
-    return tensor is not None and tensor.dim() == dimensions
+def state_offset_gradient(g: Tensor, C: Tensor) -> Tensor:
+    """Return sum_t g_t C_t, (batch, dim, dstate), for C (batch, groups, dstate, seqlen)."""
+    # (batch, groups, dim / groups, seqlen) @ (batch, groups, seqlen, dstate)
+    return (g.unflatten(1, (C.shape[1], -1)) @ C.transpose(2, 3)).flatten(1, 2)
+
+
+def _sum_groups(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(1, (groups, -1)).sum(2)
+
+
+def _join(name: str, tensor: Tensor | None, gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+    if gradients[0] is None:
+        return None
+    if name in ALONG_STEPS:
+        return torch.cat(gradients, dim=-1)
+    return torch.cat(gradients) if has_rows(name, tensor) else torch.stack(gradients).sum(0)
 
 
 def causal_conv1d_reference_backward(

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ssmtune.ops import arguments, backends
-from ssmtune.ops.selective_scan_op import selective_scan_fwd
+from ssmtune.ops import arguments, backends, packing
+from ssmtune.ops.selective_scan_op import needs_scan, selective_scan_fwd
 
 _AXES = ("batch", "dim", "seqlen")
 _OPTIONAL = frozenset({"D", "z", "delta_bias", "initial_state", "state_offset", "output_offset"})
@@ -15,9 +15,14 @@ _LAYOUTS = {
     "C": (("batch", "dstate", "seqlen"),),
     "D": (("dim",),),
     "delta_bias": (("dim",),),
-    "initial_state": (("dim", "dstate"), ("batch", "dim", "dstate")),
-    "state_offset": (("dim", "dstate"), ("batch", "dim", "dstate")),
-    "output_offset": (("dim",), ("batch", "dim")),
+}
+_LAYOUTS_OF_ROWS = {
+    rows: {
+        "initial_state": (("dim", "dstate"), (rows, "dim", "dstate")),
+        "state_offset": (("dim", "dstate"), (rows, "dim", "dstate")),
+        "output_offset": (("dim",), (rows, "dim")),
+    }
+    for rows in ("batch", "n_sequences")
 }
 
 
@@ -60,10 +65,13 @@ def selective_scan(
         delta_bias: (dim,). Added to delta.
         delta_softplus: whether to take the softplus of delta.
         return_last_state: whether to return the state after the last step too; it is differentiable.
-        initial_state: (dim, dstate) shared by the batch, or (batch, dim, dstate).
-        state_offset: (dim, dstate) shared by the batch, or (batch, dim, dstate).
-        output_offset: (dim,) shared by the batch, or (batch, dim).
-        cu_seqlens: not supported.
+        initial_state: (dim, dstate) shared by all rows, or (batch, dim, dstate).
+        state_offset: (dim, dstate) shared by all rows, or (batch, dim, dstate).
+        output_offset: (dim,) shared by all rows, or (batch, dim).
+        cu_seqlens: (n_sequences + 1,) in int32 or int64. Packs sequences one after the other along seqlen, in a batch
+            of 1: [0, 5, 12] are sequences of 5 and of 7 steps, each from its own initial state. Where this page says
+            batch, initial_state, state_offset, output_offset and last_state then have n_sequences. Its values are
+            checked on the CPU; on a GPU that would have every call wait, so there the caller vouches for them.
         backend: "cuda", "triton", "cpu" or "reference" to run there or fail, "auto" to choose. By default what
             `ssmtune.backend` or SSMTUNE_BACKEND says, else "auto".
 
@@ -72,17 +80,12 @@ def selective_scan(
         (batch, dim, dstate) in float32.
 
     Raises:
-        TypeError: an argument is not a tensor, or not a real floating-point one.
-        ValueError: a wrong shape, different devices, an empty batch or sequence, or an unknown backend.
-        NotImplementedError: `cu_seqlens` is given.
+        TypeError: an argument is not a tensor, or not a real floating-point one (`cu_seqlens`: int32 or int64).
+        ValueError: a wrong shape, different devices, an empty batch or sequence, `cu_seqlens` that do not cut seqlen
+            into sequences or come with a batch other than 1, or an unknown backend.
         RuntimeError: the backend asked for cannot run the call.
     """
     op = "selective_scan"
-    if cu_seqlens is not None:
-        raise NotImplementedError(
-            f"{op}: cu_seqlens was given, but packed sequences are not supported.\n"
-            "  The state would have to restart inside a row. Pad the sequences to one length, one per row."
-        )
     tensors = {
         "u": u,
         "delta": delta,
@@ -105,10 +108,18 @@ def selective_scan(
     for name, layouts in _LAYOUTS.items():
         why = "batch, dim and seqlen are those of u, dstate is that of A."
         arguments.check_shape(op, name, tensors[name], layouts, sizes, why)
+    rows, why = "batch", "batch and dim are those of u, dstate is that of A."
+    if cu_seqlens is not None:
+        packing.check_cu_seqlens(op, "u", cu_seqlens, batch, seqlen, u.device)
+        rows, why = "n_sequences", "cu_seqlens holds one value more than there are sequences."
+        sizes[rows] = cu_seqlens.shape[0] - 1
+    for name, layouts in _LAYOUTS_OF_ROWS[rows].items():
+        arguments.check_shape(op, name, tensors[name], layouts, sizes, why)
 
     name = backends.choose(op, u.device, u.dtype, backend)
-    # only gradients that take a backward scan need the states of the forward scan
-    scanned = (u, delta, A, B, C, z, delta_bias, initial_state)
-    keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in scanned)
-    out, last_state, _ = selective_scan_fwd(*tensors.values(), delta_softplus, keep_states, name)
+    keep_states = False
+    if torch.is_grad_enabled():
+        wanted = [tensor is not None and tensor.requires_grad for tensor in tensors.values()]
+        keep_states = needs_scan(tensors.values(), wanted, cu_seqlens)
+    out, last_state, _ = selective_scan_fwd(*tensors.values(), cu_seqlens, delta_softplus, keep_states, name)
     return (out, last_state) if return_last_state else out

@@ -3,13 +3,16 @@
 The name of the backend is an argument, so a traced or saved graph runs on the backend it was traced with.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmtune.ops import layout
 from ssmtune.ops.backends import implementation
-from ssmtune.ops.reference import compute_dtype
+from ssmtune.ops.reference import compute_dtype, grouped, has_rows
+from ssmtune.ops.reference_backward import state_offset_gradient
 
 INPUTS = (
     *("u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
@@ -20,7 +23,7 @@ WITHOUT_SCAN = ("D", "state_offset", "output_offset")
 
 _TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "Tensor? initial_state, Tensor? state_offset, Tensor? output_offset"
+    "Tensor? initial_state, Tensor? state_offset, Tensor? output_offset, Tensor? cu_seqlens"
 )
 
 torch.library.define(
@@ -38,23 +41,27 @@ torch.library.define(
 
 @torch.library.register_fake("ssmtune::selective_scan_fwd")
 def _allocate_results(*args) -> tuple[Tensor, Tensor, Tensor]:
-    u, A, keep_states, backend = args[0], args[2], args[-2], args[-1]
-    batch, dim, seqlen = u.shape
+    u, A, B, cu_seqlens, keep_states, backend = *args[0:1], *args[2:4], args[11], *args[-2:]
+    (batch, dim, seqlen), dstate = u.shape, A.shape[1]
+    groups = B.shape[1] if B.dim() == 4 else 1
+    n_sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (0,)
+    if keep_states:
+        shape = implementation(backend).chunk_states_shape(batch, dim, seqlen, dstate, groups, n_sequences)
     dtype = compute_dtype(u)
-    shape = implementation(backend).chunk_states_shape(batch, dim, seqlen, A.shape[1]) if keep_states else (0,)
     return (
         layout.empty_like(u),
-        u.new_empty(batch, dim, A.shape[1], dtype=dtype),
+        u.new_empty(batch if n_sequences is None else n_sequences, dim, dstate, dtype=dtype),
         u.new_empty(shape, dtype=dtype),
     )
 
 
 @torch.library.impl("ssmtune::selective_scan_fwd", "CompositeExplicitAutograd")
 def _forward(*args) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, (delta_softplus, keep_states, backend) = args[:-3], args[-3:]
+    inputs, (cu_seqlens, delta_softplus, keep_states, backend) = args[:-4], args[-4:]
     out, last_state, chunk_states = _allocate_results(*args)
     implementation(backend).selective_scan_forward(
-        inputs, delta_softplus, out, last_state, chunk_states if keep_states else None
+        inputs, cu_seqlens, delta_softplus, out, last_state, chunk_states if keep_states else None
     )
     return out, last_state, chunk_states
 
@@ -69,8 +76,8 @@ def _allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -
         elif name in ("u", "delta", "z"):
             gradients.append(layout.empty_like(tensor, u.dtype))
         elif name in ("B", "C"):
-            batch, dstate, seqlen = tensor.shape
-            gradients.append(tensor.new_empty(batch, seqlen, dstate, dtype=dtype).transpose(1, 2))
+            *rows, dstate, seqlen = tensor.shape
+            gradients.append(tensor.new_empty(*rows, seqlen, dstate, dtype=dtype).transpose(-2, -1))
         else:
             gradients.append(tensor.new_empty(tensor.shape, dtype=dtype))
     return gradients
@@ -84,34 +91,41 @@ def _wanted_gradients(inputs: tuple[Tensor | None, ...], gradients: list[Tensor 
 
 @torch.library.register_fake("ssmtune::selective_scan_bwd")
 def _fake_backward(dout, dlast_state, *args) -> list[Tensor]:
-    inputs, wanted = args[:-4], args[-2]
+    inputs, wanted = args[:-5], args[-2]
     return _wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
 
 
 @torch.library.impl("ssmtune::selective_scan_bwd", "CompositeExplicitAutograd")
 def _backward(dout, dlast_state, *args) -> list[Tensor]:
-    inputs, (chunk_states, delta_softplus, wanted, backend) = args[:-4], args[-4:]
+    inputs, (cu_seqlens, chunk_states, delta_softplus, wanted, backend) = args[:-5], args[-5:]
     gradients = _allocate_gradients(inputs, wanted)
-    implementation(backend).selective_scan_backward(dout, dlast_state, inputs, chunk_states, delta_softplus, gradients)
+    implementation(backend).selective_scan_backward(
+        dout, dlast_state, inputs, cu_seqlens, chunk_states, delta_softplus, gradients
+    )
     return _wanted_gradients(inputs, gradients)
 
 
-def _needs_scan(wanted: tuple[bool, ...]) -> bool:
-    return any(is_wanted and name not in WITHOUT_SCAN for name, is_wanted in zip(INPUTS, wanted, strict=True))
+def needs_scan(inputs: Sequence[Tensor | None], wanted: Sequence[bool], cu_seqlens: Tensor | None) -> bool:
+    """Say whether one of the wanted gradients takes a backward scan."""
+    for name, tensor, is_wanted in zip(INPUTS, inputs, wanted, strict=True):
+        # one sum for each packed sequence is no longer a single matrix product
+        if is_wanted and (name not in WITHOUT_SCAN or (cu_seqlens is not None and has_rows(name, tensor))):
+            return True
+    return False
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus, keep_states, ctx.backend = inputs
+    *tensors, cu_seqlens, ctx.delta_softplus, keep_states, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.needs_scan = _needs_scan(ctx.needs_input_grad[: len(INPUTS)])
+    ctx.needs_scan = needs_scan(tensors, ctx.needs_input_grad[: len(INPUTS)], cu_seqlens)
     if ctx.needs_scan:
         if not keep_states:
             raise RuntimeError(
                 "ssmtune::selective_scan_fwd was called with keep_states=False on tensors that need a gradient.\n"
                 "  The backward scan starts from the states the forward scan keeps. Call ssmtune.selective_scan."
             )
-        ctx.save_for_backward(*tensors, output[2])
+        ctx.save_for_backward(*tensors, cu_seqlens, output[2])
         return
     ctx.shapes = [None if tensor is None else tensor.shape for tensor in tensors]
     u, _, _, _, C, _, z, *_ = tensors
@@ -125,14 +139,14 @@ def _autograd(ctx, dout, dlast_state, _) -> tuple[Tensor | None, ...]:
     elif dout is None and dlast_state is None:
         gradients = [None] * len(INPUTS)
     else:
-        *inputs, chunk_states = ctx.saved_tensors
+        *inputs, cu_seqlens, chunk_states = ctx.saved_tensors
         computed = iter(
             torch.ops.ssmtune.selective_scan_bwd(
-                dout, dlast_state, *inputs, chunk_states, ctx.delta_softplus, wanted, ctx.backend
+                *(dout, dlast_state, *inputs, cu_seqlens, chunk_states, ctx.delta_softplus, wanted, ctx.backend)
             )
         )
         gradients = [next(computed) if is_wanted else None for is_wanted in wanted]
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 def _gradients_without_scan(ctx, dout: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
@@ -146,12 +160,14 @@ def _gradients_without_scan(ctx, dout: Tensor | None, wanted: list[bool]) -> lis
         if "D" in asked:
             gradients["D"] = (g * u.to(dtype)).sum((0, 2))
         if "state_offset" in asked:
-            C = C.to(dtype).transpose(1, 2)
+            # (batch, groups, dstate, seqlen)
+            C = grouped(C.to(dtype))
             if len(shapes["state_offset"]) == 3:
-                gradients["state_offset"] = g @ C
+                gradients["state_offset"] = state_offset_gradient(g, C)
             else:
-                # (dim, batch * seqlen) @ (batch * seqlen, dstate)
-                gradients["state_offset"] = g.transpose(0, 1).flatten(1) @ C.flatten(0, 1)
+                # (groups, dim / groups, batch * seqlen) @ (groups, batch * seqlen, dstate)
+                by_group = g.unflatten(1, (C.shape[1], -1)).permute(1, 2, 0, 3).flatten(2)
+                gradients["state_offset"] = (by_group @ C.permute(1, 0, 3, 2).flatten(1, 2)).flatten(0, 1)
         if "output_offset" in asked:
             gradients["output_offset"] = g.sum(2) if len(shapes["output_offset"]) == 2 else g.sum((0, 2))
     return list(gradients.values())

@@ -46,8 +46,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 def scan_inputs() -> Callable[..., dict[str, Tensor]]:
     """A factory of the tensors of a scan.
 
-    `optional` names the optional tensors to make, `per_row` those with a row of their own for each sequence. Without
-    `delta_softplus` the steps are positive already.
+    `optional` names the optional tensors to make, `per_row` those with a row of their own for each of `rows` sequences,
+    by default the batch. Without `delta_softplus` the steps are positive already.
     """
 
     def make(
@@ -58,6 +58,7 @@ def scan_inputs() -> Callable[..., dict[str, Tensor]]:
         *,
         optional=("D", "z", "delta_bias", "initial_state", "state_offset", "output_offset"),
         per_row=(),
+        rows: int | None = None,
         layouts=None,
         delta_softplus: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -69,7 +70,7 @@ def scan_inputs() -> Callable[..., dict[str, Tensor]]:
             return torch.randn(*shape, generator=random, dtype=torch.float64)
 
         def maybe_per_row(name: str, *shape: int) -> Tensor:
-            return normal(batch, *shape) if name in per_row else normal(*shape)
+            return normal(rows or batch, *shape) if name in per_row else normal(*shape)
 
         values = {
             "u": normal(batch, dim, seqlen),

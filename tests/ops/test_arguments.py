@@ -20,6 +20,11 @@ def scan_inputs():
     }
 
 
+def packed_inputs():
+    sequences = {name: x[:1] if x.dim() == 3 else x for name, x in scan_inputs().items()}
+    return sequences | {"cu_seqlens": torch.tensor([0, 2, SEQLEN])}
+
+
 def update_inputs():
     return {
         "state": torch.randn(BATCH, DIM, DSTATE),
@@ -36,6 +41,7 @@ def conv_inputs():
 
 
 OPERATORS = {
+    "packed": (selective_scan, packed_inputs),
     "selective_scan": (selective_scan, scan_inputs),
     "selective_state_update": (selective_state_update, update_inputs),
     "causal_conv1d": (causal_conv1d, conv_inputs),
@@ -138,9 +144,49 @@ WRONG = [
     (
         "selective_scan",
         {"cu_seqlens": torch.tensor([0, 5])},
-        NotImplementedError,
-        ["cu_seqlens was given", "packed sequences", "Pad the sequences"],
+        ValueError,
+        ["cu_seqlens was given", "u has batch 2, expected 1", "Join the rows"],
     ),
+    ("selective_scan", {"cu_seqlens": [0, 5]}, TypeError, ["cu_seqlens is of type list", "torch.tensor(cu_seqlens"]),
+    (
+        "selective_scan",
+        {"cu_seqlens": torch.tensor([0.0, 5.0])},
+        TypeError,
+        ["cu_seqlens has dtype torch.float32", "int32 or int64", "cu_seqlens.int()"],
+    ),
+    (
+        "selective_scan",
+        {"cu_seqlens": torch.tensor([0])},
+        ValueError,
+        ["cu_seqlens has shape (1,)", "(n_sequences + 1,)", "[0, seqlen]"],
+    ),
+    (
+        "selective_scan",
+        {"cu_seqlens": torch.tensor([0, 5], device="meta")},
+        ValueError,
+        ["cu_seqlens is on meta", "u is on cpu", "cu_seqlens.to(u.device)"],
+    ),
+    ("packed", {"cu_seqlens": torch.tensor([1, 5])}, ValueError, ["cu_seqlens starts with 1", "Put a 0 before"]),
+    (
+        "packed",
+        {"cu_seqlens": torch.tensor([0, 3, 3, 5])},
+        ValueError,
+        ["holds 3 and then 3 (values 1 and 2)", "sequence 1 has no steps", "Leave out"],
+    ),
+    ("packed", {"cu_seqlens": torch.tensor([0, 3, 2, 5])}, ValueError, ["holds 3 and then 2", "must increase"]),
+    (
+        "packed",
+        {"cu_seqlens": torch.tensor([0, 3, 7])},
+        ValueError,
+        ["cu_seqlens ends with 7", "seqlen = 5", "padding"],
+    ),
+    (
+        "packed",
+        {"initial_state": zeros(3, DIM, DSTATE)},
+        ValueError,
+        ["initial_state has shape (3, 6, 4)", "(n_sequences, dim, dstate) = (2, 6, 4)", "one value more"],
+    ),
+    ("packed", {"output_offset": zeros(1, DIM)}, ValueError, ["output_offset", "(n_sequences, dim) = (2, 6)"]),
     (
         "selective_scan",
         {"backend": "refrence"},
@@ -210,7 +256,8 @@ def test_wrong_arguments(op, change, error, pieces):
     assert re.search(".*".join(map(re.escape, pieces)), message, re.DOTALL), message
     lines = message.splitlines()
     assert 2 <= len(lines) <= 4 and all(len(line) <= 160 for line in lines), message
-    assert lines[0].startswith(f"{op}: ") and all(line.startswith("  ") for line in lines[1:]), message
+    name = function.__name__
+    assert lines[0].startswith(f"{name}: ") and all(line.startswith("  ") for line in lines[1:]), message
 
 
 @pytest.mark.parametrize("op", OPERATORS)

@@ -41,22 +41,35 @@ def test_opcheck_selective_scan_fwd(scan_inputs, backend, trained, layout):
     inputs = scan_inputs(2, 5, 9, 4, layouts=dict.fromkeys(("u", "z"), layout))
     for name in trained:
         inputs[name].requires_grad_()
-    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*inputs.values(), True, trained == INPUTS, backend))
+    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*inputs.values(), None, True, trained == INPUTS, backend))
 
 
 def test_opcheck_selective_scan_fwd_half(scan_inputs, backend):
     inputs = scan_inputs(2, 5, 9, 4, optional=("z",), dtype=torch.bfloat16, layouts={"B": "odd"})
     args = [inputs.get(name) for name in INPUTS]
-    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*args, False, False, backend))
+    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*args, None, False, False, backend))
 
 
 def test_opcheck_selective_scan_bwd(scan_inputs, backend):
     inputs = list(scan_inputs(2, 5, 9, 4).values())
-    out, last_state, chunk_states = torch.ops.ssmtune.selective_scan_fwd(*inputs, True, True, backend)
+    out, last_state, chunk_states = torch.ops.ssmtune.selective_scan_fwd(*inputs, None, True, True, backend)
     dout, dlast_state = torch.randn_like(out), torch.randn_like(last_state)
     for gradients, wanted in (((dout, dlast_state), [True] * 11), ((None, dlast_state), [True, False] * 5 + [True])):
-        args = (*gradients, *inputs, chunk_states, True, wanted, backend)
+        args = (*gradients, *inputs, None, chunk_states, True, wanted, backend)
         opcheck(torch.ops.ssmtune.selective_scan_bwd, args)
+
+
+@pytest.mark.parametrize("per_row", [(), ("initial_state", *OFFSETS)], ids=["shared", "per-sequence"])
+def test_opcheck_selective_scan_packed(scan_inputs, backend, per_row):
+    cu_seqlens = torch.tensor([0, 1, 70, 75], dtype=torch.int32)
+    inputs = scan_inputs(1, 5, 75, 4, per_row=per_row, rows=3)
+    args = (cu_seqlens, True, True, backend)
+    out, last_state, chunk_states = torch.ops.ssmtune.selective_scan_fwd(*inputs.values(), *args)
+    assert last_state.shape == (3, 5, 4)
+    gradients = (torch.randn_like(out), torch.randn_like(last_state))
+    args_bwd = (*gradients, *inputs.values(), cu_seqlens, chunk_states, True, [True] * 11, backend)
+    opcheck(torch.ops.ssmtune.selective_scan_bwd, args_bwd)
+    opcheck(torch.ops.ssmtune.selective_scan_fwd, (*(x.requires_grad_() for x in inputs.values()), *args))
 
 
 def test_opcheck_selective_state_update(update_inputs, backend):
@@ -87,6 +100,42 @@ def test_compile_selective_scan(scan_inputs, backend, trained):
     for name, a, b in zip(("out", "last_state", *trained), run(function), run(compiled(function)), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
         assert a.stride() == b.stride(), name
+
+
+@pytest.mark.parametrize("trained", [INPUTS, OFFSETS], ids=["all", "offsets"])
+@pytest.mark.parametrize("per_row", [(), ("initial_state", *OFFSETS)], ids=["shared", "per-sequence"])
+def test_compile_selective_scan_packed(scan_inputs, backend, trained, per_row):
+    inputs = scan_inputs(1, 20, 90, 8, per_row=per_row, rows=3)
+    for name in trained:
+        inputs[name].requires_grad_()
+
+    def function(inputs, cu_seqlens):
+        out, last_state = selective_scan(
+            **inputs, delta_softplus=True, return_last_state=True, cu_seqlens=cu_seqlens, backend=backend
+        )
+        return 2 * out, last_state
+
+    fast = compiled(function)
+    # the same graph for other lengths
+    for bounds in ([0, 70, 71, 90], [0, 5, 60, 90]):
+        cu_seqlens = torch.tensor(bounds)
+
+        def run(function, cu_seqlens=cu_seqlens):
+            out, last_state = function(inputs, cu_seqlens)
+            loss = out.square().sum() + last_state.sum()
+            return out, last_state, *torch.autograd.grad(loss, [inputs[name] for name in trained])
+
+        for name, a, b in zip(("out", "last_state", *trained), run(function), run(fast), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
+
+
+@pytest.mark.parametrize("bounds", [[1, 9], [0, 5, 5, 9], [0, 12], [0, -3, 9]], ids=str)
+def test_compiled_wrong_cu_seqlens_are_refused(scan_inputs, backend, bounds):
+    # a graph cannot look at values: the kernel does
+    inputs = scan_inputs(1, 5, 9, 4)
+    function = compiled(lambda inputs, cu_seqlens: selective_scan(**inputs, cu_seqlens=cu_seqlens, backend=backend))
+    with pytest.raises((ValueError, RuntimeError), match="selective_scan: cu_seqlens"):
+        function(inputs, torch.tensor(bounds))
 
 
 def test_compile_follows_the_choice_of_backend(scan_inputs, monkeypatch):
@@ -150,4 +199,4 @@ def test_meta_tensors(scan_inputs):
 def test_direct_call_without_kept_states_says_so(scan_inputs, backend):
     inputs = [x.requires_grad_() for x in scan_inputs(1, 3, 5, 2).values()]
     with pytest.raises(RuntimeError, match="keep_states=False on tensors that need a gradient"):
-        torch.ops.ssmtune.selective_scan_fwd(*inputs, True, False, backend)
+        torch.ops.ssmtune.selective_scan_fwd(*inputs, None, True, False, backend)
