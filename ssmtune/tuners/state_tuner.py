@@ -1,187 +1,22 @@
-"""What State-offset Tuning and Initial State Tuning share: the config fields, the layer and the tuner.
-
-The layer is a child module of the mixer, which stays where it is. Wrapping the mixer instead would hide its
-projections from LoRA and every other peft method added later.
-"""
+"""The tuner that State-offset Tuning and Initial State Tuning share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from torch.func import functional_call
 
-from ssmtune.mixers import StateAdapter, find_mixers, patch_mixer, supports, unpatch_mixer
-from ssmtune.tuners.adapter_file import check_readable, check_tensors
-
-IMPORT_NOTE = "Import `ssmtune` before loading this adapter: it adds the method to peft."
-
-
-@dataclass
-class StateTunerConfig(PeftConfig):
-    """Fields of both methods; see `StateOffsetConfig` and `InitialStateConfig`."""
-
-    rank: int | None = field(
-        default=None,
-        metadata={"help": "None trains the whole (dim, dstate) matrix; r trains it as B A, B (dim, r), A (r, dstate)."},
-    )
-    alpha: float | None = field(
-        default=None, metadata={"help": "Scales the low-rank product by alpha / rank. None leaves it unscaled."}
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "Start at zero, so that the model equals its base. False draws noise, for tests only."},
-    )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the mixers to adapt, or one regular expression. None adapts every mixer."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of mixers to leave alone, or one regular expression."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Layer indices to adapt, counted from 0. None adapts every layer."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list that layers_to_transform counts in, where it is not the first one."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train in full and store with the adapter."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise ValueError(
-                f"rank must be None or an integer of at least 1, got {self.rank!r}.\n"
-                "  Leave it out to train the whole (dim, dstate) matrix."
-            )
-        if self.alpha is not None and self.rank is None:
-            raise ValueError(
-                f"alpha={self.alpha!r} was given without a rank: it scales the low-rank product by alpha / rank.\n"
-                "  Set rank, or leave alpha out and choose the learning rate instead."
-            )
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(
-                f"alpha must be a positive number, got {self.alpha!r}.\n"
-                "  It scales the low-rank product by alpha / rank. Leave it out for no scaling."
-            )
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "layers_to_transform cannot be used with target_modules as a regular expression.\n"
-                "  Put the layers into the expression, or give target_modules as a list."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} was given without layers_to_transform.\n"
-                "  It only says where those indices count. Set layers_to_transform, or leave it out."
-            )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        check_readable(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-
-    def save_pretrained(self, save_directory, **kwargs):
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")
-        if card.is_file() and IMPORT_NOTE not in (text := card.read_text(encoding="utf-8")):
-            card.write_text(f"{text.rstrip()}\n\n{IMPORT_NOTE}\n", encoding="utf-8")
-
-
-class StateTunerLayer(StateAdapter, BaseTunerLayer):
-    """The adapter tensors of one mixer, for every adapter of one method.
-
-    Each kind of tensor has a `nn.ParameterDict` keyed by adapter name, whose own name begins with the method's prefix:
-    peft and transformers find the tensors by it. The tensors are float32 whatever the model is cast to, since updates
-    the size of a learning rate of 1e-4 vanish in bfloat16.
-
-    Args:
-        mixer: the mixer the layer becomes a child of.
-    """
-
-    prefix: str
-    # peft reads both from the layer that an adapter wraps. Here there is none.
-    weight = None
-    bias = None
-    other_param_names = ("scaling",)
-
-    def __init__(self, mixer: nn.Module):
-        super().__init__()
-        self.dim, self.dstate = mixer.A_log.shape
-        self.scaling: dict[str, float] = {}
-        self.unpatch_on_removal = False
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
-
-    def shapes(self, config: StateTunerConfig) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor of an adapter, by the name of its dict."""
-        if config.rank is None:
-            return {f"{self.prefix}h": (self.dim, self.dstate)}
-        return {f"{self.prefix}A": (config.rank, self.dstate), f"{self.prefix}B": (self.dim, config.rank)}
-
-    def update_layer(self, adapter_name: str, config: StateTunerConfig, device: torch.device) -> None:
-        """Add the tensors of one adapter, in place of those it may have."""
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            if adapter_name in (known := getattr(self, name)):
-                del known[adapter_name]
-        for name, shape in self.shapes(config).items():
-            tensor = torch.zeros(shape, dtype=torch.float32, device=device)
-            if name == f"{self.prefix}A":
-                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-            elif not config.init_weights:
-                nn.init.normal_(tensor, std=0.1)
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor)
-        if config.rank is not None:
-            self.scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / config.rank
-
-    def matrix(self, adapter_name: str) -> torch.Tensor | None:
-        """Return the (dim, dstate) matrix of one adapter, or None if it has none here."""
-        dense, low_rank = self._tensors("h"), self._tensors("B")
-        if adapter_name in dense:
-            return dense[adapter_name]
-        if adapter_name not in low_rank:
-            return None
-        B, A = low_rank[adapter_name], self._tensors("A")[adapter_name]
-        # Not a matrix product, which autocast would round to bfloat16.
-        return (B.unsqueeze(2) * A).sum(1) * self.scaling[adapter_name]
-
-    def active_sum(self, read: Callable[[str], torch.Tensor | None]) -> torch.Tensor | None:
-        """Return the sum of `read(name)` over the active adapters that have it, or None."""
-        if self.disable_adapters:
-            return None
-        values = [value for name in self.active_adapters if (value := read(name)) is not None]
-        return sum(values[1:], start=values[0]) if values else None
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Do nothing: there is no weight to merge into, and the adapter stays active.
-
-        peft calls this on every adapter of a model when it merges one method, such as a LoRA beside this one. Merging
-        this method itself is refused by the tuner.
-        """
-
-    unmerge = merge
-
-    def _tensors(self, kind: str) -> nn.ParameterDict:
-        return getattr(self, f"{self.prefix}{kind}")
-
-    def _apply(self, fn, recurse=True):
-        def move_only(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(move_only, recurse)
+from ssmtune.mixers import find_mixers, patch_mixer, supports, unpatch_mixer
+from ssmtune.tuners.adapter_file import check_tensors
+from ssmtune.tuners.state_config import StateTunerConfig
+from ssmtune.tuners.state_layer import StateTunerLayer
 
 
 class StateTunerModel(BaseTuner):
@@ -203,6 +38,16 @@ class StateTunerModel(BaseTuner):
                 "  Methods beside each other share one list of names. Pass another adapter_name."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        # Its parameters are attributes of this name, beside those that torch gives a dict of parameters.
+        if "." in adapter_name or not adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+            self.peft_config.pop(adapter_name, None)
+            raise ValueError(
+                f"{adapter_name!r} cannot be the name of an adapter: torch has no parameter of such a name.\n"
+                "  Pass another adapter_name, without dots."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: StateTunerConfig, model_config: dict) -> StateTunerConfig:
         if peft_config.target_modules is None:
@@ -230,7 +75,7 @@ class StateTunerModel(BaseTuner):
                 )
         if not matched:
             raise ValueError(f"no module of {type(model).__name__} matched target_modules={wanted}.\n  {offer}")
-        rank, dstate = peft_config.rank or 1, min(modules[name].A_log.shape[1] for name in matched)
+        rank, dstate = peft_config.rank or 1, min(modules[name].A_log.shape[-1] for name in matched)
         if rank > dstate:
             raise ValueError(
                 f"rank={rank} is more than the state size {dstate} of the mixers.\n"
@@ -290,24 +135,137 @@ class StateTunerModel(BaseTuner):
                     unpatch_mixer(mixer)
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is a weighted sum of others of this method; it is not active yet.
+
+            new = sum_i weights[i] adapters[i]
+
+        Args:
+            adapters: the names of the adapters.
+            weights: their weights, of either sign.
+            adapter_name: the name of the new adapter.
+            combination_type: "linear" gives whole matrices, whatever the adapters are. "cat" puts the factors of
+                low-rank ones side by side: the same sum, of a rank that is the sum of theirs.
+
+        Raises:
+            ValueError: the names, weights or type do not fit, or the adapters cannot be summed.
+        """
+        configs = self._check_weighted(adapters, weights, adapter_name, combination_type)
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            rank=sum(config.rank for config in configs) if combination_type == "cat" else None,
+            alpha=None,
+            dropout=0.0,
+            reparametrize=None,
+            init_weights=True,
+            **self._targets_of(adapters, configs),
+            **self._combined_fields(adapters, configs),
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for _, layer in self._layers(self.model):
+            if adapter_name in layer.available_adapters:
+                layer.assign_sum(adapters, weights, adapter_name)
+
+    def _check_weighted(self, adapters, weights, adapter_name, combination_type) -> list[StateTunerConfig]:
+        own = {name: c for name, c in self.peft_config.items() if f"{c.peft_type.value.lower()}_" == self.prefix}
+        unknown = [name for name in adapters if name not in own]
+        if unknown or not adapters:
+            raise ValueError(
+                f"cannot sum {list(adapters)}: {f'there is no adapter {unknown[0]!r}' if unknown else 'it is empty'}.\n"
+                f"  Adapters of {type(self).__name__} here: {', '.join(own) or 'none'}."
+            )
+        if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(
+                f"weights={list(weights)} do not fit {len(adapters)} adapters.\n"
+                "  Pass one finite number per adapter, in the same order."
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"the model already has an adapter named {adapter_name!r}.\n"
+                "  Pass another adapter_name, or delete that adapter first."
+            )
+        configs = [own[name] for name in adapters]
+        whole = [name for name, config in zip(adapters, configs, strict=True) if config.rank is None]
+        if combination_type not in ("linear", "cat"):
+            raise ValueError(
+                f"combination_type={combination_type!r} is not known.\n"
+                "  'linear' sums whole matrices, 'cat' puts the factors of low-rank ones side by side."
+            )
+        if combination_type == "cat" and whole:
+            raise ValueError(
+                f"combination_type='cat' needs adapters of a rank, which {whole[0]!r} has not.\n"
+                "  Use 'linear', which sums whole matrices."
+            )
+        saved = [name for name, config in zip(adapters, configs, strict=True) if config.modules_to_save]
+        if saved:
+            raise ValueError(
+                f"the adapter {saved[0]!r} has modules trained in full, which a weighted sum would not have.\n"
+                "  Sum adapters without modules_to_save."
+            )
+        return configs
+
+    def _targets_of(self, adapters: list[str], configs: list[StateTunerConfig]) -> dict[str, Any]:
+        """The config fields that name the mixers that have any of the adapters."""
+        names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        fields = {name: getattr(configs[0], name) for name in names}
+        if all(getattr(config, name) == value for config in configs for name, value in fields.items()):
+            return fields
+        layers = self._layers(self.model)
+        mixers = {name.rpartition(".")[0] for name, layer in layers if layer.available_adapters & set(adapters)}
+        return dict.fromkeys(names) | {"target_modules": mixers}
+
+    def _combined_fields(self, adapters: list[str], configs: list[StateTunerConfig]) -> dict[str, Any]:
+        """What a method sets in the config of a weighted sum beside what both methods share."""
+        return {}
+
+    @classmethod
+    def _layers(cls, model: nn.Module) -> list[tuple[str, StateTunerLayer]]:
+        return [(name, module) for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls)]
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, layer in cls._layers(model):
+            for kind, mlp in layer.mlps(adapter_name).items():
+                root = f"{name}.{cls.prefix}mlp.{adapter_name}.{kind}."
+                parameters = {key: found.pop(root + key) for key, _ in mlp.named_parameters()}
+                key = f"{name}.{cls.prefix}{kind}.{adapter_name}"
+                with torch.no_grad():
+                    found[key] = found[key] + functional_call(mlp, parameters)
+        return found
+
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{name}.{kind}.{adapter_name}": tensors[adapter_name]
-            for name, layer in model.named_modules()
-            if isinstance(layer, cls.tuner_layer_cls)
-            for kind in layer.adapter_layer_names
-            if adapter_name in (tensors := getattr(layer, kind))
-        }
-        check_tensors(expected, found, cls.prefix, config.base_model_name_or_path)
-        for key in expected:
-            # With low_cpu_mem_usage peft puts these very tensors into the model, so they need its dtype and device.
-            mixer = model.get_submodule(key.rsplit(".", 3)[0])
-            found[key] = found[key].to(dtype=torch.float32)
-            if mixer.A_log.device.type != "meta":
-                found[key] = found[key].to(mixer.A_log.device)
+        check_tensors(cls.stored_tensors(model, adapter_name), found, cls.prefix, config.base_model_name_or_path)
+        for name, layer in cls._layers(model):
+            device = model.get_submodule(name.rpartition(".")[0]).A_log.device
+            for key in cls.stored_tensors(layer, adapter_name):
+                # With low_cpu_mem_usage peft puts these very tensors into the model, so they need its dtype and device.
+                tensor = found[f"{name}.{key}"].to(dtype=torch.float32)
+                found[f"{name}.{key}"] = tensor if device.type == "meta" else tensor.to(device)
+            for kind, mlp in layer.mlps(adapter_name).items():
+                # The tensor now holds what the MLP had given: it starts anew.
+                mlp.restart()
+                root = f"{name}.{cls.prefix}mlp.{adapter_name}.{kind}"
+                found |= {f"{root}.{key}": parameter.detach() for key, parameter in mlp.named_parameters()}
         return found
+
+    @classmethod
+    def stored_tensors(cls, model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of an adapter that are stored, by their names in the model."""
+        return {
+            ".".join(filter(None, (name, kind, adapter_name))): getattr(layer, kind)[adapter_name]
+            for name, layer in cls._layers(model)
+            for kind in layer.tensor_names
+            if adapter_name in getattr(layer, kind)
+        }
 
 
 def _as_list(value) -> list:

@@ -10,6 +10,7 @@ VARIANTS = {
     "offset-y": lambda **kwargs: StateOffsetConfig(target="y", **kwargs),
     "offset-rank2": lambda **kwargs: StateOffsetConfig(rank=2, **kwargs),
     "initial": lambda **kwargs: InitialStateConfig(**kwargs),
+    "initial-conv": lambda **kwargs: InitialStateConfig(conv_state=True, **kwargs),
     "initial-rank2": lambda **kwargs: InitialStateConfig(rank=2, alpha=4, **kwargs),
 }
 

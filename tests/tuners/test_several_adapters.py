@@ -65,7 +65,7 @@ def test_active_adapters_are_summed(two_adapters, input_ids, logits):
         apart.append([handed_over(layer) for layer in layers])
     two_adapters.base_model.set_adapter(["first", "second"])
     for one, other, both in zip(*apart, map(handed_over, layers), strict=True):
-        assert one.keys() == other.keys() == both.keys() and len(both) == 1
+        assert one.keys() == other.keys() == both.keys() and both
         for name, value in both.items():
             torch.testing.assert_close(value, one[name] + other[name])
     assert all(p.requires_grad for m in layers for p in m.parameters())
@@ -111,8 +111,8 @@ def test_low_rank_beside_dense(tiny_mamba, make_nonzero):
     layer = next(m for m in model.modules() if isinstance(m, StateOffsetLayer))
     model.base_model.set_adapter(["default", "low", "y"])
     inputs = layer.state_inputs()
-    torch.testing.assert_close(inputs.state_offset, layer.matrix("default") + layer.matrix("low"))
-    assert torch.equal(inputs.output_offset, layer.vector("y"))
+    torch.testing.assert_close(inputs.state_offset, layer.value("h", "default") + layer.value("h", "low"))
+    assert torch.equal(inputs.output_offset, layer.value("y", "y"))
 
 
 @pytest.fixture(params=PAIRS, ids="-then-".join)
@@ -202,3 +202,13 @@ def test_one_name_for_two_methods_is_an_error(tiny_mamba):
         ValueError, match=r"already has an adapter named 'default', of the method LORA(.|\n)*adapter_name"
     ):
         get_peft_model(tiny_mamba, StateOffsetConfig())
+
+
+@pytest.mark.parametrize("name", ["half", "training", "a.b", ""])
+def test_a_name_that_torch_cannot_store_is_an_error(tiny_mamba, make_config, name):
+    with pytest.raises(ValueError, match="cannot be the name of an adapter"):
+        get_peft_model(tiny_mamba, make_config(), adapter_name=name)
+    model = get_peft_model(tiny_mamba, make_config())
+    with pytest.raises(ValueError, match="cannot be the name of an adapter"):
+        model.add_adapter(name, make_config())
+    assert list(model.peft_config) == ["default"]

@@ -57,6 +57,8 @@ def add_by_formula(mixer, config, tensors):
 def test_effect_and_gradient_are_those_of_the_formula(tiny_mamba, make_config, make_nonzero, input_ids, assert_close):
     plain = copy.deepcopy(tiny_mamba).requires_grad_(False)
     model = make_nonzero(get_peft_model(tiny_mamba, make_config()))
+    if getattr(model.active_peft_config, "conv_state", False):
+        pytest.skip("transformers calls no module whose input or output would be that of the convolution")
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
     leaves = {name: p.detach().clone().requires_grad_() for name, p in adapter.items()}
     for index, layer in enumerate(plain.backbone.layers):
@@ -164,7 +166,8 @@ def test_alpha_scales_the_product(tiny_mamba, make_nonzero):
     offsets = []
     for alpha in (None, 8):
         model = make_nonzero(get_peft_model(tiny_mamba, StateOffsetConfig(rank=2, alpha=alpha)))
-        offsets.append(model.get_submodule("base_model.model.backbone.layers.0.mixer.offset_adapter").matrix("default"))
+        layer = model.get_submodule("base_model.model.backbone.layers.0.mixer.offset_adapter")
+        offsets.append(layer.value("h", "default"))
         tiny_mamba = model.unload()
     torch.testing.assert_close(offsets[1], 4 * offsets[0])
 

@@ -1,22 +1,26 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ssmtune.tuners.registration import add_peft_type
-from ssmtune.tuners.state_tuner import StateTunerConfig
+from ssmtune.tuners.state_config import StateTunerConfig
 
 
 @dataclass
 class InitialStateConfig(StateTunerConfig):
     """Config of Initial State Tuning: a trained state that every sequence starts from.
 
-        h_0 = initial_state       (dim, dstate), or B A of a rank; zero in the pre-trained model
+        h_0 = initial_state             (dim, dstate), or B A of a rank; zero in the pre-trained model
+        x_{1 - width} ... x_0 = conv    (dim, width - 1), what the convolution sees first; likewise, with conv_state
 
     A continued sequence (a cache, a step of generation) goes on from its own state, not from this one.
 
     Args:
+        conv_state: also learn what the causal convolution in front of the scan sees left of the first token.
         rank: None for a whole matrix, or the rank of a low-rank one.
         alpha: scales the low-rank product by alpha / rank.
+        dropout: share of the rank terms of the low-rank product that a training step leaves out.
+        reparametrize: hidden units of an MLP to train the tensor through; None trains the tensor itself.
         init_weights: start at zero.
         target_modules: mixers to adapt; all if None.
         exclude_modules: mixers to leave alone.
@@ -27,6 +31,11 @@ class InitialStateConfig(StateTunerConfig):
     Raises:
         ValueError: a value is out of range, or does not go with another.
     """
+
+    conv_state: bool = field(
+        default=False,
+        metadata={"help": "Also learn the (dim, width - 1) inputs that the convolution sees left of the first token."},
+    )
 
     def __post_init__(self):
         super().__post_init__()

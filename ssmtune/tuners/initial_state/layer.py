@@ -1,14 +1,31 @@
 from __future__ import annotations
 
+from torch import nn
+
 from ssmtune.mixers import StateInputs
-from ssmtune.tuners.state_tuner import StateTunerLayer
+from ssmtune.tuners.state_layer import StateTunerLayer
 
 
 class InitialStateLayer(StateTunerLayer):
-    """The initial states (dim, dstate) of one mixer."""
+    """The initial states "h" (dim, dstate) of one mixer, and those of its convolution "conv" (dim, width - 1)."""
 
     prefix = "initial_state_"
-    adapter_layer_names = ("initial_state_h", "initial_state_A", "initial_state_B")
+    kinds = ("h", "conv")
+    adapter_layer_names = (
+        "initial_state_h",
+        "initial_state_conv",
+        "initial_state_A",
+        "initial_state_B",
+        "initial_state_mlp",
+    )
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__(mixer)
+        self.conv_width = mixer.conv_kernel_size
+
+    def shapes(self, config) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes(config)
+        return shapes | ({"initial_state_conv": (self.dim, self.conv_width - 1)} if config.conv_state else {})
 
     def state_inputs(self) -> StateInputs:
-        return StateInputs(initial_state=self.active_sum(self.matrix))
+        return StateInputs(initial_state=self.active_sum("h"), conv_state=self.active_sum("conv"))

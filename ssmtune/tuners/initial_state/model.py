@@ -14,3 +14,6 @@ class InitialStateModel(StateTunerModel):
         "Keep the adapter beside the model, hand the state over in a starting cache, or call unload() to have the "
         "model without it."
     )
+
+    def _combined_fields(self, adapters, configs):
+        return {"conv_state": any(config.conv_state for config in configs)}

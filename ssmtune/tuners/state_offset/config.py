@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ssmtune.tuners.registration import add_peft_type
-from ssmtune.tuners.state_tuner import StateTunerConfig
+from ssmtune.tuners.state_config import StateTunerConfig
 
 
 @dataclass
@@ -17,6 +17,8 @@ class StateOffsetConfig(StateTunerConfig):
         target: "h" or "y".
         rank: None for a whole matrix, or the rank of a low-rank one. Only with target "h".
         alpha: scales the low-rank product by alpha / rank.
+        dropout: share of the rank terms of the low-rank product that a training step leaves out.
+        reparametrize: hidden units of an MLP to train the tensor through; None trains the tensor itself.
         init_weights: start at zero.
         target_modules: mixers to adapt; all if None.
         exclude_modules: mixers to leave alone.

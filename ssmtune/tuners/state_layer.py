@@ -1,0 +1,178 @@
+"""The layer that State-offset Tuning and Initial State Tuning share.
+
+It is a child module of the mixer, which stays where it is. Wrapping the mixer instead would hide its projections from
+LoRA and every other peft method added later.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ssmtune.mixers import StateAdapter
+from ssmtune.tuners.reparametrization import Reparametrization
+from ssmtune.tuners.state_config import StateTunerConfig
+
+
+class StateTunerLayer(StateAdapter, BaseTunerLayer):
+    """The adapter tensors of one mixer, for every adapter of one method.
+
+    Each kind of tensor has a `nn.ParameterDict` keyed by adapter name, whose own name begins with the method's prefix:
+    peft and transformers find the tensors by it. The tensors are float32 whatever the model is cast to, since updates
+    the size of a learning rate of 1e-4 vanish in bfloat16.
+
+    An adapter with `reparametrize` keeps its tensors where they are, frozen, and trains MLPs whose results are added.
+
+    Args:
+        mixer: the mixer the layer becomes a child of.
+    """
+
+    prefix: str
+    # What `value` can be asked for.
+    kinds: tuple[str, ...]
+    # peft reads both from the layer that an adapter wraps. Here there is none.
+    weight = None
+    bias = None
+    other_param_names = ("scaling", "dropout")
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self.dim, self.dstate = math.prod(mixer.A_log.shape[:-1]), mixer.A_log.shape[-1]
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.unpatch_on_removal = False
+        for name in self.tensor_names:
+            setattr(self, name, nn.ParameterDict())
+        setattr(self, f"{self.prefix}mlp", nn.ModuleDict())
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The names of the dicts that hold tensors, in the order of `adapter_layer_names`."""
+        return [name for name in self.adapter_layer_names if name != f"{self.prefix}mlp"]
+
+    @property
+    def available_adapters(self) -> set[str]:
+        """The names of the adapters that this mixer has."""
+        return {adapter for name in self.tensor_names for adapter in getattr(self, name)}
+
+    def shapes(self, config: StateTunerConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of an adapter, by the name of its dict."""
+        if config.rank is None:
+            return {f"{self.prefix}h": (self.dim, self.dstate)}
+        return {f"{self.prefix}A": (config.rank, self.dstate), f"{self.prefix}B": (self.dim, config.rank)}
+
+    def update_layer(self, adapter_name: str, config: StateTunerConfig, device: torch.device) -> None:
+        """Add the tensors of one adapter, in place of those it may have."""
+        for name in (*self.adapter_layer_names, *self.other_param_names, "frozen_peft_weight_names"):
+            if adapter_name in (known := getattr(self, name)):
+                del known[adapter_name]
+        shapes = self.shapes(config)
+        for name, shape in shapes.items():
+            tensor = torch.zeros(shape, dtype=torch.float32, device=device)
+            if name == f"{self.prefix}A":
+                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+            elif not config.init_weights:
+                nn.init.normal_(tensor, std=0.1)
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor)
+        if config.rank is not None:
+            self.scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / config.rank
+            self.dropout[adapter_name] = config.dropout
+        if config.reparametrize is not None:
+            self.tensors("mlp")[adapter_name] = nn.ModuleDict(
+                {
+                    name.removeprefix(self.prefix): Reparametrization(shape, config.reparametrize, device)
+                    for name, shape in shapes.items()
+                }
+            )
+            self.frozen_peft_weight_names[adapter_name] = tuple(shapes)
+
+    def tensors(self, kind: str) -> nn.ParameterDict | nn.ModuleDict:
+        """Return the dict of one kind of tensor, "h", "A" or the like, by adapter name."""
+        return getattr(self, f"{self.prefix}{kind}")
+
+    def mlps(self, adapter_name: str) -> dict[str, Reparametrization]:
+        """Return the MLPs of one adapter by the kind of tensor they add to; none without `reparametrize`."""
+        known = self.tensors("mlp")
+        return dict(known[adapter_name].items()) if adapter_name in known else {}
+
+    def value(self, kind: str, adapter_name: str, training: bool = False) -> torch.Tensor | None:
+        """Return what one adapter adds, or None if it adds nothing of this kind here.
+
+        Args:
+            kind: "h" for the (dim, dstate) matrix, whole or of a rank, or the name of another tensor.
+            adapter_name: the adapter.
+            training: whether dropout applies.
+        """
+        dense = self.tensors(kind)
+        if adapter_name in dense:
+            mlps = self.mlps(adapter_name)
+            return dense[adapter_name] + mlps[kind]() if kind in mlps else dense[adapter_name]
+        if kind != "h" or adapter_name not in self.tensors("B"):
+            return None
+        B, A = self.tensors("B")[adapter_name], self.tensors("A")[adapter_name]
+        if training and self.dropout[adapter_name]:
+            # Whole terms B[:, r] A[r] at a time: an entry of A alone is an entry of the state for every channel.
+            A = A * F.dropout(A.new_ones(A.shape[0], 1), self.dropout[adapter_name])
+        # Not a matrix product, which autocast would round to bfloat16.
+        return (B.unsqueeze(2) * A).sum(1) * self.scaling[adapter_name]
+
+    @torch.no_grad()
+    def assign(self, kind: str, adapter_name: str, value: torch.Tensor) -> None:
+        """Make an adapter add a given tensor; one of a rank gets the nearest to it that has this rank."""
+        dense = self.tensors(kind)
+        if adapter_name in dense:
+            dense[adapter_name].copy_(value)
+            if kind in (mlps := self.mlps(adapter_name)):
+                mlps[kind].restart()
+            return
+        B, A = self.tensors("B")[adapter_name], self.tensors("A")[adapter_name]
+        U, S, Vh = torch.linalg.svd(value.to(B) / self.scaling[adapter_name], full_matrices=False)
+        root, rank = S.sqrt(), A.shape[0]
+        B.copy_((U * root)[:, :rank])
+        A.copy_((root.unsqueeze(1) * Vh)[:rank])
+
+    @torch.no_grad()
+    def assign_sum(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Make an adapter add the weighted sum of others; its tensors are whole, or have the ranks of all of them."""
+        if adapter_name in self.tensors("B"):
+            A, B, at = self.tensors("A")[adapter_name], self.tensors("B")[adapter_name], 0
+            for name, weight in zip(adapters, weights, strict=True):
+                if name in self.tensors("B"):
+                    rank = self.tensors("A")[name].shape[0]
+                    A[at : at + rank] = self.tensors("A")[name]
+                    B[:, at : at + rank] = weight * self.scaling[name] * self.tensors("B")[name]
+                    at += rank
+        for kind in self.kinds:
+            values = [self.value(kind, name) for name in adapters]
+            terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+            if terms and adapter_name in self.tensors(kind):
+                self.assign(kind, adapter_name, sum(terms[1:], start=terms[0]))
+
+    def active_sum(self, kind: str) -> torch.Tensor | None:
+        """Return the sum of what the active adapters add, or None if none adds anything of this kind."""
+        if self.disable_adapters:
+            return None
+        values = [self.value(kind, name, self.training) for name in self.active_adapters]
+        values = [value for value in values if value is not None]
+        return sum(values[1:], start=values[0]) if values else None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do nothing: there is no weight to merge into, and the adapter stays active.
+
+        peft calls this on every adapter of a model when it merges one method, such as a LoRA beside this one. Merging
+        this method itself is refused by the tuner.
+        """
+
+    unmerge = merge
+
+    def _apply(self, fn, recurse=True):
+        def move_only(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move_only, recurse)
