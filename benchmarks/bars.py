@@ -193,6 +193,14 @@ def _convolution(direction: str) -> Callable[[Run], list[float]]:
     return ratios
 
 
+def _convolution_halves(run: Run) -> list[float]:
+    return _divide(
+        (run.time(direction, "cpu", *place, "silu bfloat16"), run.time(direction, "cpu", *place, "silu"))
+        for direction in ("fwd", "fwdbwd")
+        for place in run.main_settings("cpu")
+    )
+
+
 def _step_update(run: Run) -> list[float]:
     rows = {
         (row.backend, row.dim): row.median
@@ -224,6 +232,8 @@ BARS = (
     Bar(SCAN, "backward / forward", _backward_over_forward, at_most=2.2),
     Bar(SCAN, "two threads against one", _two_threads, at_least=1.8),
     Bar(SCAN, "channels-first / channels-last", _variant("channels-first", "fwd", "fwdbwd"), at_most=1.3),
+    Bar(SCAN, "bfloat16 / float32", _variant("bfloat16", "fwd", "fwdbwd"), at_most=1.1),
+    Bar(SCAN, "float16 / float32", _variant("float16", "fwd", "fwdbwd"), at_most=1.1),
     Bar(SCAN, "AVX2 / AVX-512", _variant("avx2", "fwd", "fwdbwd"), at_most=1.6),
     Bar(SCAN, "state offset / none, forward", _variant("state-offset", "fwd"), at_most=1.1),
     Bar(SCAN, "state offset / none, forward + backward", _variant("state-offset", "fwdbwd"), at_most=1.1),
@@ -256,6 +266,7 @@ BARS = (
     Bar(STEP, "full step / LoRA step", _step(("cpu", "full"), ("cpu", "lora"), (SHORT_STEP, LONG_STEP))),
     Bar(CONV, "convolution with silu, forward, against torch", _convolution("fwd")),
     Bar(CONV, "convolution with silu, forward + backward, against torch", _convolution("fwdbwd"), at_least=10),
+    Bar(CONV, "convolution in bfloat16 / float32", _convolution_halves, at_most=0.77),
     Bar(DECODING, "one step of the recurrence, against transformers", _step_update, at_least=3),
     Bar(DECODING, "tokens per second of mamba-5m, against transformers", _throughput),
 )

@@ -54,4 +54,4 @@ class CallCase:
             pass
         seconds = time.perf_counter() - start
         results, self._results = self._results, []
-        return {name: value for name, value in zip(("out", *"abc"), results, strict=False)}, seconds
+        return {name: value.float() for name, value in zip(("out", *"abc"), results, strict=False)}, seconds

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.call_cases import CallCase
-from benchmarks.measure import Disagreement, interleave, verify
+from benchmarks.measure import GRADIENT_TOLERANCE, VALUE_TOLERANCE, Disagreement, Verified, interleave, verify
 from benchmarks.shapes import MAIN, QUICK, Shape
 from ssmtune.ops import causal_conv1d
 
@@ -22,12 +22,19 @@ OP = "causal_conv1d"
 WIDTH = 4
 
 
-def cases(shape: Shape, backward: bool, dtype: torch.dtype = torch.float32) -> dict[str, CallCase]:
-    """The convolution by each implementation, on x as a model has it: half of what a projection makes."""
+def cases(
+    shape: Shape, backward: bool, dtype: torch.dtype = torch.float32, values: torch.dtype = torch.float32
+) -> dict[str, CallCase]:
+    """The convolution by each implementation, on x as a model has it: half of what a projection makes.
+
+    Args:
+        dtype: that it is computed in.
+        values: the type that the inputs are rounded to first, so that two dtypes can have the same ones.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(dtype)
+        return torch.randn(sizes, generator=generator).to(values).to(dtype)
 
     projected = random(shape.batch, shape.seqlen, 2 * shape.dim)
     x = projected[..., : shape.dim].transpose(1, 2).requires_grad_(backward)
@@ -59,8 +66,7 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
     try:
         for shape in QUICK if quick else MAIN:
             for backward in (False, True):
-                right, _ = cases(shape, backward, torch.float64)["torch"].values()
-                verified = [verify(case, right) for case in cases(shape, backward).values()]
+                verified = [*_verified(shape, backward, torch.float32), _verified(shape, backward, torch.bfloat16)[0]]
                 for threads in (1, 2):
                     torch.set_num_threads(threads)
                     _time(rows, environment, shape, backward, threads, verified, 0.2 if quick else 2.0)
@@ -74,18 +80,27 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
     return 0
 
 
+def _verified(shape: Shape, backward: bool, dtype: torch.dtype) -> list[Verified]:
+    right, _ = cases(shape, backward, torch.float64, dtype)["torch"].values()
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    tolerances = VALUE_TOLERANCE + rounding, GRADIENT_TOLERANCE + rounding
+    return [verify(case, right, None, *tolerances) for case in cases(shape, backward, dtype, dtype).values()]
+
+
 def _time(rows, environment, shape: Shape, backward: bool, threads: int, verified, seconds: float) -> None:
     for entry, sample in zip(verified, interleave(verified, seconds), strict=True):
         backend, direction = entry.case.label.partition(" ")[0], "fwdbwd" if backward else "fwd"
+        dtype = str(entry.case.gradient.dtype).removeprefix("torch.")
+        variant = "silu" if dtype == "float32" else f"silu {dtype}"
         for clock in ("cpu", "wall"):
             time = sample.summary("total", clock)
             rows.append(
                 environment.row(
-                    time, op=OP, pass_=direction, backend=backend, dtype="float32", batch=shape.batch, dim=shape.dim,
-                    seqlen=shape.seqlen, dstate=0, threads=threads, variant="silu", metric=f"{clock} time", unit="ms",
+                    time, op=OP, pass_=direction, backend=backend, dtype=dtype, batch=shape.batch, dim=shape.dim,
+                    seqlen=shape.seqlen, dstate=0, threads=threads, variant=variant, metric=f"{clock} time", unit="ms",
                 )
             )  # fmt: skip
-        print(f"  {direction:8}{shape!s:18}{threads}  {backend:8}{time.median:10.2f} ms", flush=True)
+        print(f"  {direction:8}{shape!s:18}{threads}  {backend:8}{variant:16}{time.median:10.2f} ms", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

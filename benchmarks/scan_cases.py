@@ -18,6 +18,9 @@ OURS = ("cpu", "triton", "cuda", "reference")
 SEQUENCES = ("out", "u", "delta", "z")
 """Results of shape (batch, dim, seqlen)."""
 
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Tags of the cases whose sequences have another dtype than float32."""
+
 BLOCK_ELEMENTS = 2**24
 """States of a whole sequence that `expected` handles at once: 128 MiB in float64 for each tensor autograd saves."""
 
@@ -27,7 +30,7 @@ class Spec:
     """A case by name, so that another process can build it.
 
     `tags` are what differs from the default (channels-last, no state inputs, weights frozen): full, channels-first,
-    initial-state, state-offset, offset-only, and those of `worker.ENVIRONMENTS`.
+    initial-state, state-offset, offset-only, bfloat16, float16, and those of `worker.ENVIRONMENTS`.
     """
 
     shape: Shape
@@ -68,7 +71,13 @@ class Spec:
     def oracle(self) -> "Spec":
         """The spec whose results hold those of this one: the same scan, with every gradient there is."""
         states = (self.has_initial_state, "initial-state"), (self.has_state_offset, "state-offset")
-        return Spec(self.shape, "fwdbwd", "reference", ("full", *(tag for there, tag in states if there)))
+        kept = (*(tag for there, tag in states if there), *(tag for tag in self.tags if tag in HALVES))
+        return Spec(self.shape, "fwdbwd", "reference", ("full", *kept))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sequences."""
+        return next((HALVES[tag] for tag in self.tags if tag in HALVES), torch.float32)
 
     @property
     def has_initial_state(self) -> bool:
@@ -80,13 +89,14 @@ class Spec:
 
 
 @cache
-def _inputs(shape: Shape) -> ScanInputs:
-    return make_inputs(shape)
+def _inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> ScanInputs:
+    inputs = make_inputs(shape)
+    return inputs if dtype == torch.float32 else inputs.with_sequences_in(dtype)
 
 
 @cache
-def _channels_first(shape: Shape) -> ScanInputs:
-    return _inputs(shape).channels_first()
+def _channels_first(shape: Shape, dtype: torch.dtype = torch.float32) -> ScanInputs:
+    return _inputs(shape, dtype).channels_first()
 
 
 def forget_inputs() -> None:
@@ -102,7 +112,8 @@ class ScanCase:
         self.spec = spec
         self.label, self.stages = spec.label, spec.stages
         source = _channels_first if "channels-first" in spec.tags else _inputs
-        inputs = source(spec.shape).with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
+        inputs = source(spec.shape, spec.dtype)
+        inputs = inputs.with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
         inputs = inputs.to(spec.device).requiring(spec.wrt)
         self.arguments = inputs.arguments()
         self.dout = inputs.dout
@@ -144,7 +155,7 @@ class ScanCase:
         named = dict(zip(("out", *self.spec.wrt), results, strict=True))
         if channels is not None:
             named = {name: value[:, channels] for name, value in named.items() if name in SEQUENCES}
-        return {name: value.cpu() for name, value in named.items()}, seconds
+        return {name: value.float().cpu() for name, value in named.items()}, seconds
 
     def _wait(self) -> None:
         if self.spec.device != "cpu":
@@ -163,7 +174,8 @@ def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
     """
     from ssmtune.ops.reference import selective_scan_reference
 
-    inputs = _inputs(spec.shape).with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
+    inputs = _inputs(spec.shape, spec.dtype)
+    inputs = inputs.with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
     names = spec.wrt
     if channels is not None:
         inputs = inputs.channels(channels)

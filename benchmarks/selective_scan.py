@@ -14,7 +14,17 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
-from benchmarks.measure import Disagreement, Summary, Times, Verified, interleave, peak_memory, verify
+from benchmarks.measure import (
+    GRADIENT_TOLERANCE,
+    VALUE_TOLERANCE,
+    Disagreement,
+    Summary,
+    Times,
+    Verified,
+    interleave,
+    peak_memory,
+    verify,
+)
 from benchmarks.peers import PEERS, usable
 from benchmarks.scan_cases import OURS, Spec, expected, forget_inputs, memory_probe
 from benchmarks.shapes import LENGTHS, MAIN, MEMORY, QUADRATIC, QUICK, QUICK_LENGTHS, Shape
@@ -33,6 +43,10 @@ VARIANTS = (
     ("fwd", "state-offset"),
     ("fwdbwd", "state-offset"),
     ("fwdbwd", "offset-only"),
+    ("fwd", "bfloat16"),
+    ("fwdbwd", "bfloat16"),
+    ("fwd", "float16"),
+    ("fwdbwd", "float16"),
 )
 """What is timed of ssmtune's own scan at each shape: the direction, and what differs from the default."""
 FULL_VERIFICATION = 2048
@@ -83,7 +97,10 @@ class Session:
         for spec in specs:
             wanted = {name: value for name, value in right[spec.oracle()].items() if name == "out" or name in spec.wrt}
             try:
-                entry = verify(self.workers.case(spec), wanted, _looked_at(spec.shape))
+                # a result in a half type is rounded to it
+                rounding = 0 if spec.dtype == torch.float32 else torch.finfo(spec.dtype).eps / 2
+                tolerances = VALUE_TOLERANCE + rounding, GRADIENT_TOLERANCE + rounding
+                entry = verify(self.workers.case(spec), wanted, _looked_at(spec.shape), *tolerances)
             except Disagreement as wrong:
                 self.wrong.append(spec)
                 print(f"error: {wrong}", file=sys.stderr, flush=True)
@@ -115,7 +132,7 @@ class Session:
                 op=OP,
                 pass_=spec.direction,
                 backend=spec.backend,
-                dtype="float32",
+                dtype=str(spec.dtype).removeprefix("torch."),
                 batch=spec.shape.batch,
                 dim=spec.shape.dim,
                 seqlen=spec.shape.seqlen,

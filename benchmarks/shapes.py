@@ -71,6 +71,13 @@ class ScanInputs:
         """The same scan in another dtype or on another device."""
         return ScanInputs(**{name: value.to(*target) for name, value in self.tensors().items()})
 
+    def with_sequences_in(self, dtype: torch.dtype) -> "ScanInputs":
+        """The same scan with everything that has a time axis in another dtype, as in a model that computes in it."""
+        return ScanInputs(**{
+            name: value.to(dtype) if name in ("u", "delta", "B", "C", "z", "dout") else value
+            for name, value in self.tensors().items()
+        })
+
     def channels(self, chosen: slice) -> "ScanInputs":
         """The scan of some channels, which depends on no other channel."""
         rows = {"A", "D", "delta_bias", "initial_state", "state_offset"}

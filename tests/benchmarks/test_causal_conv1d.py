@@ -32,4 +32,4 @@ def test_bars_of_the_convolution_compare_torch_with_ssmtune(tmp_path, monkeypatc
     path = tmp_path / "conv.csv"
     causal_conv1d.run(quick=True, csv=path)
     ratios = {bar.title: found for bar, found in judge(results.read(path)) if bar.op == CONV}
-    assert [len(found) for found in ratios.values()] == [2, 2]
+    assert [len(found) for found in ratios.values()] == [2, 2, 4]
