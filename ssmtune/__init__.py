@@ -24,6 +24,8 @@ _HOME = {
     "unpatch": "mixers",
     "StateOffsetConfig": "tuners",
     "InitialStateConfig": "tuners",
+    "initial_state_from_text": "tuners.initial_state",
+    "starting_cache": "tuners.initial_state",
     "check_gradients": "gradcheck",
     "ConfigError": "config",
 }

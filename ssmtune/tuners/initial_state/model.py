@@ -11,8 +11,8 @@ class InitialStateModel(StateTunerModel):
     tuner_layer_cls = InitialStateLayer
     child_name = "start_adapter"
     merge_remedy = (
-        "Keep the adapter beside the model, hand the state over in a starting cache, or call unload() to have the "
-        "model without it."
+        "Keep the adapter beside the model, hand the state over in a starting cache (ssmtune.starting_cache), or call "
+        "unload() to have the model without it."
     )
 
     def _combined_fields(self, adapters, configs):
