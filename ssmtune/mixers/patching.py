@@ -17,6 +17,10 @@ from .state_inputs import StateAdapter
 # The mixer classes of transformers by full name, so that recognising one imports none of them.
 _PATCHED_CLASSES = {
     "transformers.models.mamba.modeling_mamba.MambaMixer": "ssmtune.mixers.mamba.PatchedMambaMixer",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": (
+        "ssmtune.mixers.falcon_mamba.PatchedFalconMambaMixer"
+    ),
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "ssmtune.mixers.jamba.PatchedJambaMambaMixer",
 }
 
 
@@ -203,7 +207,7 @@ def _nothing_to_patch(model: nn.Module, skipped: dict[str, str]) -> str:
 
 
 def _supported() -> str:
-    return ", ".join(f"{name} of {module}" for module, _, name in (full.rpartition(".") for full in _PATCHED_CLASSES))
+    return f"{', '.join(full.rpartition('.')[2] for full in _PATCHED_CLASSES)} of transformers"
 
 
 def _full_name(cls: type) -> str:

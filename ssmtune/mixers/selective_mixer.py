@@ -21,10 +21,16 @@ class SelectiveMixer(nn.Module):
     """A transformers mixer whose forward pass runs on `ssmtune.ops`.
 
     Mixed into a transformers class by one small class per architecture, which names that class in `original_class` and
-    forwards to `mix`. It adds neither parameters nor attributes, so that an instance changes by its class alone.
+    overrides what it does differently. It adds neither parameters nor attributes, so that an instance changes by its
+    class alone.
     """
 
     original_class: ClassVar[type[nn.Module]]
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: Any | None = None, attention_mask: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        return self.mix(hidden_states, cache_params, attention_mask)
 
     def mix(self, hidden_states: Tensor, cache: Any | None, attention_mask: Tensor | None) -> Tensor:
         """Run the mixer on hidden states, starting from what the cache holds.
@@ -49,7 +55,7 @@ class SelectiveMixer(nn.Module):
         inputs = sum_state_inputs(self)
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
 
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = self.split_input(self.in_proj(hidden_states))
         if pads is not None:
             # After the projection rather than before it: its bias must not reach the convolution.
             x = x.masked_fill(pads, 0)
@@ -63,33 +69,33 @@ class SelectiveMixer(nn.Module):
         if cache is not None:
             cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
 
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split(
-            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
-        )
-        dt, B, C = self.normalize(dt, B, C)
+        dt, B, C = self.project_convolved(u.transpose(1, 2))
         delta, delta_bias = self.project_time_step(dt)
         if pads is not None:
             # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
             delta = delta.masked_fill(pads, _CLOSED)
-        delta, B, C = delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        delta, B, C = delta.transpose(1, 2), B.movedim(1, -1), C.movedim(1, -1)
+        A_log, D = self.A_log.flatten(0, -2), self.D.flatten()
+        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+        if state is not None:
+            state = state.flatten(1, -2)
 
-        if seqlen == 1 and state is not None and not torch.is_grad_enabled():
+        if seqlen == 1 and B.dim() == 3 and state is not None and not torch.is_grad_enabled():
             y = ops.selective_state_update(
-                state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], self.D,
+                state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], D,
                 z=z[..., 0], dt_bias=delta_bias, dt_softplus=True,
                 state_offset=inputs.state_offset, output_offset=inputs.output_offset,
             ).unsqueeze(1)  # fmt: skip
         else:
             y = ops.selective_scan(
-                u, delta, A, B, C, self.D,
+                u, delta, A, B, C, D,
                 z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=cache is not None,
                 initial_state=inputs.initial_state if state is None else state,
                 state_offset=inputs.state_offset, output_offset=inputs.output_offset,
             )  # fmt: skip
             if cache is not None:
                 y, last_state = y
-                cache.update_recurrent_state(last_state, self.layer_idx)
+                cache.update_recurrent_state(last_state.unflatten(1, self.A_log.shape[:-1]), self.layer_idx)
             y = y.transpose(1, 2)
         return self.out_proj(y)
 
@@ -108,16 +114,33 @@ class SelectiveMixer(nn.Module):
             x = torch.cat([context.to(x.dtype), x], dim=-1)
         return self.act(conv(x)[..., start : x.shape[-1]])
 
-    def normalize(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What an architecture does to dt (batch, seqlen, rank), B and C (batch, seqlen, dstate): here nothing."""
-        return dt, B, C
+    def split_input(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of the convolution and the gate, both (batch, seqlen, dim), from what `in_proj` gave."""
+        return projected.chunk(2, dim=-1)
+
+    def project_convolved(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scan reads from its input u (batch, seqlen, dim).
+
+        Returns:
+            dt (batch, seqlen, rank), from which `project_time_step` makes the time step, and B and C (batch, seqlen,
+            dstate). An architecture with groups of channels has one more axis, for the group, after seqlen.
+        """
+        return self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
 
     def project_time_step(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The time step per channel (batch, seqlen, dim), and the bias that the scan still has to add to it."""
+        """The time step per channel (batch, seqlen, dim), and the bias (dim,) that the scan still has to add to it."""
         dt_proj = self.dt_proj
         if _is_plain(dt_proj, nn.Linear):
             return F.linear(dt, dt_proj.weight), dt_proj.bias
         return dt_proj(dt), None
+
+
+class NormalizingMixer(SelectiveMixer):
+    """A mixer with norms, as modules of its own, on dt, B and C."""
+
+    def project_convolved(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dt, B, C = super().project_convolved(u)
+        return self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
 
 
 def find_pads(attention_mask: Tensor | None, batch: int, seqlen: int) -> Tensor | None:

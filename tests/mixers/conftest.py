@@ -3,48 +3,83 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    ZambaConfig,
+    ZambaForCausalLM,
+)
 
 from ssmtune.mixers import StateAdapter, StateInputs, find_mixers, patch
 
+EVERY = {"vocab_size": 64, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+PURE = {"state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4}
+HYBRID = {
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+FAMILIES = {
+    "mamba": (MambaConfig, MambaForCausalLM, PURE),
+    "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM, PURE),
+    # A mixer with a dense layer, one with experts, attention.
+    "jamba": (JambaConfig, JambaForCausalLM, HYBRID | EXPERTS | {"attn_layer_period": 3, "attn_layer_offset": 2}),
+    # The attention is shared, so there have to be two layers of it.
+    "zamba": (ZambaConfig, ZambaForCausalLM, HYBRID | {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]}),
+}
+
+
+def randomise(model: nn.Module) -> None:
+    """Make every parameter, biases and norms too, different from channel to channel and large enough to matter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_proj.bias", "proj_bias", "conv1d.bias", ".D", "A_log", "layernorm.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif name.endswith(("embeddings.weight", "embed_tokens.weight")):
+                parameter.copy_(torch.randn_like(parameter) / 2)
+            elif name.endswith(("_proj.weight", "_proj_weight")):
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+
 
 @pytest.fixture
-def make_mamba():
-    """A factory of random models: every parameter, biases too, is large enough to matter."""
+def make_family():
+    """A factory of random models, by the name of the family in `FAMILIES`."""
 
-    def make(**changes) -> MambaForCausalLM:
-        config = MambaConfig(
-            **{
-                "vocab_size": 64,
-                "hidden_size": 32,
-                "state_size": 8,
-                "num_hidden_layers": 2,
-                "time_step_rank": 4,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": None,
-                **changes,
-            }
-        )
+    def make(family: str, **changes) -> PreTrainedModel:
+        config_class, model_class, config = FAMILIES[family]
         torch.manual_seed(0)
-        model = MambaForCausalLM(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("_proj.bias", "conv1d.bias", "mixer.D", "A_log")):
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-                elif name.endswith("_proj.weight"):
-                    parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+        model = model_class(config_class(**(EVERY | config | changes)))
+        randomise(model)
         return model.eval()
 
     return make
 
 
 @pytest.fixture
-def make_pair(make_mamba):
+def make_mamba(make_family):
+    """A factory of random Mamba models."""
+
+    def make(**changes) -> MambaForCausalLM:
+        return make_family("mamba", **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_pair(make_family):
     """A factory of two equal models, transformers' own and a patched one."""
 
-    def make(**changes) -> tuple[MambaForCausalLM, MambaForCausalLM]:
-        ours = make_mamba(**changes)
+    def make(family: str = "mamba", **changes) -> tuple[PreTrainedModel, PreTrainedModel]:
+        ours = make_family(family, **changes)
         theirs = copy.deepcopy(ours)
         patch(ours)
         return theirs, ours
