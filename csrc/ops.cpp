@@ -303,6 +303,17 @@ void selective_scan_bwd(const OptionalTensor& dout, const OptionalTensor& dlast_
 
 // ---- one step ------------------------------------------------------------------------------------------------------
 
+template <typename Update, typename Params>
+void run_update(Update update, const Params& p, int64_t work) {
+  const int64_t units = (p.dim + Partition::kUnit - 1) / Partition::kUnit, tasks = p.batch * units;
+  torch::stable::parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t channel = task % units * Partition::kUnit;
+      update(p, task / units, channel, std::min(channel + Partition::kUnit, p.dim));
+    }
+  });
+}
+
 void selective_state_update(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
                             const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
                             bool dt_softplus, const OptionalTensor& state_offset, const OptionalTensor& output_offset,
@@ -327,54 +338,120 @@ void selective_state_update(const Tensor& state, const Tensor& x, const Tensor& 
   p.state_offset = channel_parameter(state_offset, "state_offset", p.batch, {p.dim, p.dstate});
   p.output_offset = channel_parameter(output_offset, "output_offset", p.batch, {p.dim});
 
-  const int64_t units = (p.dim + Partition::kUnit - 1) / Partition::kUnit, tasks = p.batch * units;
-  const auto update = kernels().selective_state_update;
-  torch::stable::parallel_for(0, tasks, grain(tasks, p.batch * p.dim * p.dstate), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t channel = task % units * Partition::kUnit;
-      update(p, task / units, channel, std::min(channel + Partition::kUnit, p.dim));
-    }
-  });
+  run_update(kernels().selective_state_update, p, p.batch * p.dim * p.dstate);
 }
 
 // ---- causal convolution --------------------------------------------------------------------------------------------
 
+// Where packed sequences begin and end: they must cut up the steps, or a kernel would reach past them. Empty without
+// cu_seqlens.
+std::vector<int64_t> sequence_bounds(const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen) {
+  if (!cu_seqlens) return {};
+  const bool wide = cu_seqlens->scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || cu_seqlens->scalar_type() == ScalarType::Int, "cu_seqlens must be int32 or int64");
+  STD_TORCH_CHECK(cu_seqlens->is_cpu() && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && batch == 1,
+                  "cu_seqlens must have shape (n_sequences + 1,) and lie on the CPU, and the batch must be 1");
+  const int64_t stride = cu_seqlens->stride(0);
+  std::vector<int64_t> bounds(cu_seqlens->size(0));
+  for (size_t i = 0; i < bounds.size(); ++i) {
+    bounds[i] = wide ? static_cast<const int64_t*>(cu_seqlens->data_ptr())[i * stride]
+                     : static_cast<const int32_t*>(cu_seqlens->data_ptr())[i * stride];
+    STD_TORCH_CHECK(i > 0 ? bounds[i - 1] < bounds[i] : bounds[0] == 0, "cu_seqlens must start with 0 and increase, got ",
+                    to_string(bounds.data(), i + 1));
+  }
+  STD_TORCH_CHECK(bounds.back() == seqlen, "cu_seqlens ends with ", std::to_string(bounds.back()), ", expected seqlen = ",
+                  std::to_string(seqlen));
+  return bounds;
+}
+
+// Packed sequences may have very different lengths: there, tasks are ranges of channels first.
+Partition make_conv_partition(int64_t sequences, int64_t dim, bool packed) {
+  Partition partition = make_partition(packed ? 1 : sequences, dim, dim);
+  if (packed) {
+    partition.batch = sequences;
+    partition.groups = std::min(sequences, std::max<int64_t>(1, 16 / partition.ranges));
+  }
+  return partition;
+}
+
+// `bounds` must outlive the parameters.
 void fill_conv(CausalConv1dParams& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-               const OptionalTensor& initial_states, bool silu) {
+               const OptionalTensor& initial_states, const std::vector<int64_t>& bounds, bool silu) {
   STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "x must have shape (batch, dim, seqlen) and weight (dim, width)");
-  p.batch = x.size(0), p.dim = x.size(1), p.seqlen = x.size(2), p.width = weight.size(1);
-  check_sizes({p.batch, p.dim, p.seqlen, p.width});
-  p.partition = make_partition(p.batch, p.dim, p.dim);
-  p.x = sequence(x, "x", {p.batch, p.dim, p.seqlen}, dtype_of(x, "x"));
+  p.dim = x.size(1), p.seqlen = x.size(2), p.width = weight.size(1);
+  check_sizes({x.size(0), p.dim, p.seqlen, p.width});
+  p.bounds = bounds.empty() ? nullptr : bounds.data();
+  const int64_t sequences = p.bounds ? static_cast<int64_t>(bounds.size()) - 1 : x.size(0);
+  p.partition = make_conv_partition(sequences, p.dim, p.bounds);
+  p.x = sequence(x, "x", {x.size(0), p.dim, p.seqlen}, dtype_of(x, "x"));
   p.weight = contiguous(weight, "weight", {p.dim, p.width});
   p.bias = contiguous(bias, "bias", {p.dim});
-  p.initial_states = contiguous(initial_states, "initial_states", {p.batch, p.dim, p.width - 1});
+  p.initial_states = contiguous(initial_states, "initial_states", {sequences, p.dim, p.width - 1});
   p.silu = silu;
 }
 
-void causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_states,
-                       bool silu, const Tensor& out) {
-  CausalConv1dForward p{};
-  fill_conv(p, x, weight, bias, initial_states, silu);
-  p.out = result(out, "out", {p.batch, p.dim, p.seqlen}, p.x.dtype);
-  run(kernels().causal_conv1d_fwd, p, p.batch * p.dim * p.seqlen);
+// The states after each sequence; with a width of 1 there are none.
+SequenceTensor final_states(const OptionalTensor& x, const char* name, const CausalConv1dParams& p) {
+  if (!x || p.width == 1) return {};
+  return sequence(x, name, {p.partition.batch, p.dim, p.width - 1}, p.x.dtype);
 }
 
-void causal_conv1d_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& initial_states, bool silu, const OptionalTensor& dx, const OptionalTensor& dweight,
-                       const OptionalTensor& dbias, const OptionalTensor& dinitial_states) {
+void causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_states,
+                       const OptionalTensor& cu_seqlens, bool silu, const Tensor& out, const OptionalTensor& final_states_out) {
+  CausalConv1dForward p{};
+  const std::vector<int64_t> bounds = sequence_bounds(cu_seqlens, x.size(0), x.size(-1));
+  fill_conv(p, x, weight, bias, initial_states, bounds, silu);
+  p.out = result(out, "out", {x.size(0), p.dim, p.seqlen}, p.x.dtype);
+  p.final_states = final_states(final_states_out, "final_states", p);
+  run(kernels().causal_conv1d_fwd, p, x.size(0) * p.dim * p.seqlen);
+}
+
+void causal_conv1d_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x, const Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& initial_states, const OptionalTensor& cu_seqlens,
+                       bool silu, const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
+                       const OptionalTensor& dinitial_states) {
   CausalConv1dBackward p{};
-  fill_conv(p, x, weight, bias, initial_states, silu);
-  p.dout = sequence(dout, "dout", {p.batch, p.dim, p.seqlen}, p.x.dtype);
-  p.dx = result(dx, "dx", {p.batch, p.dim, p.seqlen}, p.x.dtype);
-  p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.batch, p.dim, p.width - 1});
+  const std::vector<int64_t> bounds = sequence_bounds(cu_seqlens, x.size(0), x.size(-1));
+  fill_conv(p, x, weight, bias, initial_states, bounds, silu);
+  const Shape sequence_shape{x.size(0), p.dim, p.seqlen};
+  p.dout = sequence(dout, "dout", sequence_shape, p.x.dtype);
+  p.dx = result(dx, "dx", sequence_shape, p.x.dtype);
+  p.dfinal_states = final_states(dfinal_states, "dfinal_states", p);
+  p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.partition.batch, p.dim, p.width - 1});
   Gradient weight_gradient(dweight, "dweight", p.partition, {p.dim, p.width});
   Gradient bias_gradient(dbias, "dbias", p.partition, {p.dim});
   p.dweight = weight_gradient.get();
   p.dbias = bias_gradient.get();
-  run(kernels().causal_conv1d_bwd, p, 2 * p.batch * p.dim * p.seqlen);
+  run(kernels().causal_conv1d_bwd, p, 2 * x.size(0) * p.dim * p.seqlen);
   weight_gradient.finish();
   bias_gradient.finish();
+}
+
+StridedTensor strided(const Tensor& x, const char* name, const Shape& shape) {
+  check_shape(x, name, shape);
+  StridedTensor tensor{x.data_ptr(), dtype_of(x, name), {}};
+  for (size_t axis = 0; axis < shape.size(); ++axis) tensor.strides[axis] = x.stride(axis);
+  return tensor;
+}
+
+Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
+                            bool silu) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must have shape (batch, dim) and weight (dim, width)");
+  CausalConv1dUpdate p{};
+  p.batch = x.size(0), p.dim = x.size(1), p.width = weight.size(1);
+  check_sizes({p.batch, p.dim, p.width});
+  const Tensor out = torch::stable::new_empty(x, {p.batch, p.dim});
+  p.x = strided(x, "x", {p.batch, p.dim});
+  p.out = strided(out, "out", {p.batch, p.dim});
+  p.state = strided(conv_state, "conv_state", {p.batch, p.dim, p.width - 1});
+  for (int axis = 0; axis < 3; ++axis) {
+    STD_TORCH_CHECK(conv_state.size(axis) <= 1 || conv_state.stride(axis) != 0, "conv_state is expanded");
+  }
+  p.weight = strided(weight, "weight", {p.dim, p.width});
+  if (bias) p.bias = strided(*bias, "bias", {p.dim});
+  p.silu = silu;
+  run_update(kernels().causal_conv1d_update, p, p.batch * p.dim * p.width);
+  return out;
 }
 
 std::string cpu_capability() { return kernels().capability; }
@@ -397,10 +474,14 @@ STABLE_TORCH_LIBRARY(ssmtune_native, m) {
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? dt_bias, bool dt_softplus, Tensor? state_offset, Tensor? output_offset, Tensor(b!) out) -> ()");
   m.def(
-      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, bool silu, Tensor(a!) out) -> ()");
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? cu_seqlens, bool silu, "
+      "Tensor(a!) out, Tensor(b!)? final_states) -> ()");
   m.def(
-      "causal_conv1d_bwd(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, bool silu, "
-      "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dinitial_states) -> ()");
+      "causal_conv1d_bwd(Tensor dout, Tensor? dfinal_states, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, "
+      "Tensor? cu_seqlens, bool silu, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, "
+      "Tensor(d!)? dinitial_states) -> ()");
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor");
   m.def("cpu_capability() -> str");
 }
 
@@ -410,6 +491,7 @@ STABLE_TORCH_LIBRARY_IMPL(ssmtune_native, CPU, m) {
   m.impl("selective_state_update", TORCH_BOX(&ssmtune::selective_state_update));
   m.impl("causal_conv1d_fwd", TORCH_BOX(&ssmtune::causal_conv1d_fwd));
   m.impl("causal_conv1d_bwd", TORCH_BOX(&ssmtune::causal_conv1d_bwd));
+  m.impl("causal_conv1d_update", TORCH_BOX(&ssmtune::causal_conv1d_update));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmtune_native, CompositeExplicitAutograd, m) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-LIBRARY = Path(__file__).with_name("_C.so")
+LIBRARY = Path(os.environ.get("SSMTUNE_LIBRARY") or Path(__file__).with_name("_C.so"))
 
 _loaded = False
 _reason: str | None = None

@@ -13,12 +13,13 @@ namespace ssmtune {
   extern const Kernel<CausalConv1dForward> causal_conv1d_fwd;                               \
   extern const Kernel<CausalConv1dBackward> causal_conv1d_bwd;                              \
   void selective_state_update(const SelectiveStateUpdate&, int64_t, int64_t, int64_t);      \
+  void causal_conv1d_update(const CausalConv1dUpdate&, int64_t, int64_t, int64_t);          \
   }
 #define SSMTUNE_KERNEL_TABLE(capability, name)                                              \
   KernelTable {                                                                             \
     name, capability::selective_scan_fwd, capability::selective_scan_bwd,                   \
         capability::causal_conv1d_fwd, capability::causal_conv1d_bwd,                       \
-        capability::selective_state_update                                                  \
+        capability::selective_state_update, capability::causal_conv1d_update                \
   }
 
 SSMTUNE_DECLARE_KERNELS(default_)

@@ -19,8 +19,9 @@ struct KernelTable {
   Kernel<SelectiveScanBackward> selective_scan_bwd;
   Kernel<CausalConv1dForward> causal_conv1d_fwd;
   Kernel<CausalConv1dBackward> causal_conv1d_bwd;
-  // Updates the channels [begin, end) of one row of the batch.
+  // Update the channels [begin, end) of one row of the batch.
   void (*selective_state_update)(const SelectiveStateUpdate&, int64_t row, int64_t begin, int64_t end);
+  void (*causal_conv1d_update)(const CausalConv1dUpdate&, int64_t row, int64_t begin, int64_t end);
 };
 
 // The best table this machine can run, or the one named by the environment variable SSMTUNE_CPU_CAPABILITY. Throws

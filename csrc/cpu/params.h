@@ -106,23 +106,49 @@ struct SelectiveStateUpdate {
 };
 
 struct CausalConv1dParams {
-  Partition partition;
-  int64_t batch, dim, seqlen, width;
+  // Steps of one row of the batch.
+  struct Sequence {
+    int64_t batch, begin, end;
+  };
+
+  Partition partition;  // of sequences, each a row of the batch unless they are packed, and channels
+  int64_t dim, seqlen, width;
+  const int64_t* bounds;  // (sequences + 1,): where packed sequences begin and end; null for one in each row of the batch
   SequenceTensor x;
   const float* weight;          // (dim, width)
   const float* bias;            // (dim,)
-  const float* initial_states;  // (batch, dim, width - 1), oldest step first
+  const float* initial_states;  // (sequences, dim, width - 1), oldest step first
   bool silu;
+
+  Sequence sequence(int64_t i) const { return bounds ? Sequence{0, bounds[i], bounds[i + 1]} : Sequence{i, 0, seqlen}; }
 };
 
 struct CausalConv1dForward : CausalConv1dParams {
   SequenceTensor out;
+  SequenceTensor final_states;  // (sequences, dim, width - 1)
 };
 
 struct CausalConv1dBackward : CausalConv1dParams {
   SequenceTensor dout, dx;
+  SequenceTensor dfinal_states;  // (sequences, dim, width - 1)
   ChannelGradient dweight, dbias;
-  float* dinitial_states;  // (batch, dim, width - 1)
+  float* dinitial_states;  // (sequences, dim, width - 1)
+};
+
+// A tensor of up to three axes in any memory: element (i, j, k) is at i * strides[0] + j * strides[1] + k * strides[2].
+struct StridedTensor {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t strides[3] = {};
+};
+
+struct CausalConv1dUpdate {
+  int64_t batch, dim, width;
+  StridedTensor state;   // (batch, dim, width - 1), oldest step first
+  StridedTensor x, out;  // (batch, dim)
+  StridedTensor weight;  // (dim, width)
+  StridedTensor bias;    // (dim,)
+  bool silu;
 };
 
 }  // namespace ssmtune

@@ -7,7 +7,6 @@ tensors that are dense along dim or seqlen, and everything else contiguous in fl
 import torch
 from torch import Tensor
 
-from ssmtune.ops import reference_backend
 from ssmtune.ops.layout import contiguous, dense_axis
 from ssmtune.ops.reference import ALONG_STEPS, has_rows, split_sequences
 
@@ -115,9 +114,7 @@ def causal_conv1d_forward(
     inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor, final_states: Tensor | None
 ) -> None:
     """Run the convolution."""
-    if final_states is not None or inputs[4] is not None:
-        return reference_backend.causal_conv1d_forward(inputs, silu, out, final_states)
-    torch.ops.ssmtune_native.causal_conv1d_fwd(*_conv_inputs(*inputs[:4]), silu, out)
+    torch.ops.ssmtune_native.causal_conv1d_fwd(*_conv_inputs(*inputs), silu, out, final_states)
 
 
 def causal_conv1d_backward(
@@ -128,10 +125,13 @@ def causal_conv1d_backward(
     gradients: list[Tensor | None],
 ) -> None:
     """Run the convolution backward."""
-    if dout is None or dfinal_states is not None or inputs[4] is not None:
-        return reference_backend.causal_conv1d_backward(dout, dfinal_states, inputs, silu, gradients)
+    x = inputs[0]
     torch.ops.ssmtune_native.causal_conv1d_bwd(
-        _sequence(dout, inputs[0].dtype), *_conv_inputs(*inputs[:4]), silu, *gradients
+        torch.zeros_like(x) if dout is None else _sequence(dout, x.dtype),
+        _sequence(dfinal_states, x.dtype),
+        *_conv_inputs(*inputs),
+        silu,
+        *gradients,
     )
 
 
@@ -169,6 +169,6 @@ def _scan_inputs(
 
 
 def _conv_inputs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return dense_axis(x), _parameter(weight), _parameter(bias), _parameter(initial_states)
+    return dense_axis(x), _parameter(weight), _parameter(bias), _parameter(initial_states), cu_seqlens

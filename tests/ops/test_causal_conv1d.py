@@ -229,7 +229,10 @@ def test_layout_is_kept_and_nothing_copied(native_kernels, monkeypatch, layout):
 def test_threads_do_not_change_a_bit(native_kernels):
     def results(threads):
         torch.set_num_threads(threads)
-        return run(causal_conv1d, make(3, 80, 300, 4), activation="silu", backend="cpu")
+        inputs, packed = make(3, 80, 300, 4), make(1, 80, 900, 4, initial=False)
+        rows = run(causal_conv1d, inputs, activation="silu", backend="cpu")
+        packed = run(causal_conv1d, packed, cu_seqlens=torch.tensor([0, 700, 703, 900]), backend="cpu")
+        return rows | {f"packed {name}": x for name, x in packed.items()}
 
     before = torch.get_num_threads()
     try:

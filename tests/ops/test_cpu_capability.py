@@ -35,14 +35,17 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             weight = parameter(dim, 4)
             convolved = causal_conv1d(inputs[0], weight, activation="silu", backend=sys.argv[2])
             inputs += [*extra.values(), weight]
-            weights = [torch.randn(*x.shape).to(dtype).to(x.dtype) for x in (out, last_state, convolved)]
-            gradients = torch.autograd.grad([out, last_state, convolved], inputs, weights)
+            packed = dict(cu_seqlens=torch.tensor([0, 2, seqlen]), return_final_states=True, activation="silu")
+            packed = causal_conv1d(inputs[0][:1], weight, **packed, backend=sys.argv[2])
+            results_of_all = [out, last_state, convolved, *packed]
+            weights = [torch.randn(*x.shape).to(dtype).to(x.dtype) for x in results_of_all]
+            gradients = torch.autograd.grad(results_of_all, inputs, weights)
             state = last_state.detach()
             with torch.no_grad():
                 step = [x[..., -1] if x.dim() == 3 else x for x in inputs[:8]]
                 updated = selective_state_update(state, *step, True, backend=sys.argv[2])
             key = f"{dtype}-{layout}-{dim}"
-            results[key] = [x.detach() for x in (out, last_state, convolved, *gradients, state, updated)]
+            results[key] = [x.detach() for x in (*results_of_all, *gradients, state, updated)]
 torch.save(results, sys.argv[1])
 """
 

@@ -23,18 +23,26 @@ struct Channels {
   int64_t begin, end;
 };
 
+// One sequence, and where its rows of the states before it and after it are.
+struct Sequence : CausalConv1dParams::Sequence {
+  Sequence(const CausalConv1dParams& p, int64_t i) : CausalConv1dParams::Sequence(p.sequence(i)), index(i) {}
+  int64_t steps() const { return end - begin; }
+  int64_t index;
+};
+
 // The rows of x a tile needs: those of its steps and, before them, the width - 1 they look back to.
-Rows<const float> rows_with_context(const CausalConv1dParams& p, const TilePosition& at, float* buffer) {
-  const int64_t context = p.width - 1;
-  const int64_t earlier = at.time < context ? at.time : context;
+Rows<const float> rows_with_context(const CausalConv1dParams& p, const Sequence& sequence, const TilePosition& at,
+                                    float* buffer) {
+  const int64_t context = p.width - 1, passed = at.time - sequence.begin;
+  const int64_t earlier = passed < context ? passed : context;
   TilePosition from = at;
   from.time -= earlier;
   from.steps += earlier;
   if (earlier == context && is_direct(p.x, at)) return {address(p.x, from), p.x.stride, true};
   const int64_t missing = context - earlier;
   if (p.initial_states) {
-    const float* const states = p.initial_states + at.batch * p.dim * context;
-    read_tile(matrix(states, context), {0, at.channel, at.lanes, at.time, missing}, buffer, kLanes);
+    const float* const states = p.initial_states + sequence.index * p.dim * context;
+    read_tile(matrix(states, context), {0, at.channel, at.lanes, passed, missing}, buffer, kLanes);
   } else {
     fill_zero(buffer, missing * kLanes);
   }
@@ -79,12 +87,13 @@ void run_forward(const CausalConv1dForward& p, int64_t task, float* scratch) {
   const ForwardWorkspace w(p, arena);
   const Channels channels(p, task);
   channels.pack(p, w.weight, w.bias);
-  for (int64_t batch = p.partition.batch_begin(task); batch < p.partition.batch_end(task); ++batch) {
-    for (int64_t time = 0; time < p.seqlen; time += kChunk) {
-      const int64_t steps = p.seqlen - time < kChunk ? p.seqlen - time : kChunk;
+  for (int64_t index = p.partition.batch_begin(task); index < p.partition.batch_end(task); ++index) {
+    const Sequence sequence(p, index);
+    for (int64_t time = sequence.begin; time < sequence.end; time += kChunk) {
+      const int64_t steps = sequence.end - time < kChunk ? sequence.end - time : kChunk;
       for (int64_t i = 0; i < channels.count(); ++i) {
-        const TilePosition at{batch, channels.channel(i), channels.lanes(i), time, steps};
-        const Rows<const float> x = rows_with_context(p, at, w.x);
+        const TilePosition at{sequence.batch, channels.channel(i), channels.lanes(i), time, steps};
+        const Rows<const float> x = rows_with_context(p, sequence, at, w.x);
         const Rows<float> out = output_rows(p.out, at, w.out);
         const float* const weight = w.weight + i * p.width * kLanes;
         const Vec bias = load(w.bias + i * kLanes);
@@ -96,6 +105,12 @@ void run_forward(const CausalConv1dForward& p, int64_t task, float* scratch) {
         }
         finish_rows(p.out, at, out);
       }
+    }
+    if (!p.final_states.data) continue;
+    for (int64_t i = 0; i < channels.count(); ++i) {
+      const TilePosition end{sequence.batch, channels.channel(i), channels.lanes(i), sequence.end, 0};
+      const Rows<const float> states = rows_with_context(p, sequence, end, w.x);
+      write_tile(p.final_states, {index, end.channel, end.lanes, 0, p.width - 1}, states.data, states.stride);
     }
   }
 }
@@ -109,11 +124,13 @@ struct BackwardWorkspace : ForwardWorkspace {
     dout = arena.take(kChunk * kLanes);
     dinitial_states = arena.take(context * kLanes);
     gradient = arena.take((kChunk + context) * kLanes);
+    dfinal_states = arena.take(context * kLanes);
   }
   float *dweight, *dbias;
   float* carry;  // the gradients of the first width - 1 steps after the chunk
   float *dout, *dinitial_states;
   float* gradient;  // of the convolution before SiLU, followed by the carried rows
+  float* dfinal_states;
 };
 
 // The gradient before SiLU, and what it adds to those of weight and bias.
@@ -160,25 +177,43 @@ void input_gradient_tile(const BackwardWorkspace& w, const float* weight, int64_
   }
 }
 
+// The final states are inputs: step t of the sequence is the state t - steps + width - 1, and adds its gradient to that
+// of the input. Adds those of `count` steps from `first` on, which may be negative for steps before the sequence.
+void add_final_gradient(const CausalConv1dBackward& p, const BackwardWorkspace& w, const Sequence& sequence,
+                        const TilePosition& channels, int64_t first, int64_t count, const Rows<float>& rows) {
+  if (!p.dfinal_states.data) return;
+  const int64_t shift = p.width - 1 - sequence.steps();
+  const int64_t begin = first + shift < 0 ? -shift : first;
+  const int64_t steps = first + count - begin;
+  if (steps <= 0) return;
+  read_tile(p.dfinal_states, {sequence.index, channels.channel, channels.lanes, begin + shift, steps}, w.dfinal_states, kLanes);
+  for (int64_t t = 0; t < steps; ++t) {
+    float* const row = rows[begin - first + t];
+    store(row, load(row) + load(w.dfinal_states + t * kLanes));
+  }
+}
+
 template <int kWidth>
-void backward_tile(const CausalConv1dBackward& p, const BackwardWorkspace& w, int64_t block, const TilePosition& at) {
+void backward_tile(const CausalConv1dBackward& p, const BackwardWorkspace& w, const Sequence& sequence, int64_t block,
+                   const TilePosition& at) {
   const int64_t context = p.width - 1;
   const float* const weight = w.weight + block * p.width * kLanes;
   float* const carry = w.carry + block * context * kLanes;
-  const Rows<const float> x = rows_with_context(p, at, w.x), dout = input_rows(p.dout, at, w.dout);
+  const Rows<const float> x = rows_with_context(p, sequence, at, w.x), dout = input_rows(p.dout, at, w.dout);
   gradient_tile<kWidth>(p, x, weight, load(w.bias + block * kLanes), dout, w, block, at.steps);
   copy(w.gradient + at.steps * kLanes, carry, context * kLanes);
   if (p.dx.data) {
     const Rows<float> dx = output_rows(p.dx, at, w.out);
     input_gradient_tile<kWidth>(w, weight, p.width, dx, at.steps);
+    add_final_gradient(p, w, sequence, at, at.time - sequence.begin, at.steps, dx);
     finish_rows(p.dx, at, dx);
   }
   copy(carry, w.gradient, context * kLanes);
 }
 
 // The steps before the first: gradients earlier than it do not exist.
-void write_initial_gradient(const CausalConv1dBackward& p, const BackwardWorkspace& w, const Channels& channels, int64_t block,
-                            int64_t batch) {
+void write_initial_gradient(const CausalConv1dBackward& p, const BackwardWorkspace& w, const Sequence& sequence, int64_t block,
+                            const TilePosition& channels) {
   const int64_t context = p.width - 1;
   const float* const weight = w.weight + block * p.width * kLanes;
   const float* const gradient = w.carry + block * context * kLanes;
@@ -187,8 +222,9 @@ void write_initial_gradient(const CausalConv1dBackward& p, const BackwardWorkspa
     for (int64_t k = 0; k <= t; ++k) sum += load(weight + k * kLanes) * load(gradient + (t - k) * kLanes);
     store(w.dinitial_states + t * kLanes, sum);
   }
-  float* const target = p.dinitial_states + batch * p.dim * context;
-  write_matrix(target, context, channels.channel(block), channels.lanes(block), w.dinitial_states);
+  add_final_gradient(p, w, sequence, channels, -context, context, {w.dinitial_states, kLanes, false});
+  float* const target = p.dinitial_states + sequence.index * p.dim * context;
+  write_matrix(target, context, channels.channel, channels.lanes, w.dinitial_states);
 }
 
 void run_backward(const CausalConv1dBackward& p, int64_t task, float* scratch) {
@@ -198,24 +234,26 @@ void run_backward(const CausalConv1dBackward& p, int64_t task, float* scratch) {
   channels.pack(p, w.weight, w.bias);
   fill_zero(w.dweight, channels.count() * p.width * kLanes);
   fill_zero(w.dbias, channels.count() * kLanes);
-  const int64_t chunks = (p.seqlen + kChunk - 1) / kChunk;
-  for (int64_t batch = p.partition.batch_begin(task); batch < p.partition.batch_end(task); ++batch) {
+  for (int64_t index = p.partition.batch_begin(task); index < p.partition.batch_end(task); ++index) {
+    const Sequence sequence(p, index);
+    const int64_t chunks = (sequence.steps() + kChunk - 1) / kChunk;
     fill_zero(w.carry, channels.count() * (p.width - 1) * kLanes);
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-      const int64_t time = chunk * kChunk;
-      const int64_t steps = p.seqlen - time < kChunk ? p.seqlen - time : kChunk;
+      const int64_t time = sequence.begin + chunk * kChunk;
+      const int64_t steps = sequence.end - time < kChunk ? sequence.end - time : kChunk;
       for (int64_t i = 0; i < channels.count(); ++i) {
-        const TilePosition at{batch, channels.channel(i), channels.lanes(i), time, steps};
+        const TilePosition at{sequence.batch, channels.channel(i), channels.lanes(i), time, steps};
         switch (p.width) {
-          case 2: backward_tile<2>(p, w, i, at); break;
-          case 3: backward_tile<3>(p, w, i, at); break;
-          case 4: backward_tile<4>(p, w, i, at); break;
-          default: backward_tile<0>(p, w, i, at);
+          case 2: backward_tile<2>(p, w, sequence, i, at); break;
+          case 3: backward_tile<3>(p, w, sequence, i, at); break;
+          case 4: backward_tile<4>(p, w, sequence, i, at); break;
+          default: backward_tile<0>(p, w, sequence, i, at);
         }
       }
     }
-    if (p.dinitial_states && p.width > 1) {
-      for (int64_t i = 0; i < channels.count(); ++i) write_initial_gradient(p, w, channels, i, batch);
+    if (!p.dinitial_states || p.width == 1) continue;
+    for (int64_t i = 0; i < channels.count(); ++i) {
+      write_initial_gradient(p, w, sequence, i, {0, channels.channel(i), channels.lanes(i), 0, 0});
     }
   }
   const int64_t group = p.partition.group(task);
