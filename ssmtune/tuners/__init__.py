@@ -3,9 +3,11 @@
 from ssmtune.tuners.initial_state import InitialStateConfig, InitialStateLayer, InitialStateModel
 from ssmtune.tuners.registration import register
 from ssmtune.tuners.state_offset import StateOffsetConfig, StateOffsetLayer, StateOffsetModel
+from ssmtune.tuners.transformers_loading import check_what_transformers_loads
 
 register("state_offset", StateOffsetConfig, StateOffsetModel)
 register("initial_state", InitialStateConfig, InitialStateModel)
+check_what_transformers_loads()
 
 __all__ = [
     "InitialStateConfig",

@@ -64,7 +64,8 @@ def check_tensors(
     unplaced = [key for key in found if f".{prefix}" in key and key not in expected]
     if unplaced:
         raise ValueError(
-            f"the adapter file has {len(unplaced)} tensors that this model has no place for, first {unplaced[0]}.\n"
+            f"the adapter file has {len(unplaced)} tensors that this model has no place for, "
+            f"first {unplaced[0].removeprefix('base_model.model.')}.\n"
             f"  It was trained on other layers than are adapted here. {remedy}"
         )
     for key in expected:

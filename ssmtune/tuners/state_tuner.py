@@ -122,18 +122,23 @@ class StateTunerModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_merge_allowed()
-        for mixer in list(self.model.modules()):
-            layer = mixer._modules.get(self.child_name)
-            if not isinstance(layer, self.tuner_layer_cls):
+        self.remove_layers(self.model)
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    @classmethod
+    def remove_layers(cls, model: nn.Module, unused_only: bool = False) -> None:
+        """Take the layers of this method out of a model, or only the empty ones; mixers become what they were."""
+        for mixer in list(model.modules()):
+            layer = mixer._modules.get(cls.child_name)
+            if not isinstance(layer, cls.tuner_layer_cls) or (unused_only and layer.available_adapters):
                 continue
-            delattr(mixer, self.child_name)
+            delattr(mixer, cls.child_name)
             if layer.unpatch_on_removal:
                 others = [child for child in mixer.children() if isinstance(child, StateTunerLayer)]
                 if others:
                     others[0].unpatch_on_removal = True
                 else:
                     unpatch_mixer(mixer)
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -129,12 +129,29 @@ def test_card_says_to_import_ssmtune(offset_folder, base):
     assert (offset_folder / "README.md").read_text().count("Import `ssmtune`") == 1
 
 
-def load_error(folder, **sizes):
-    config = dict(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2) | sizes
-    with pytest.raises(ValueError) as error:
-        PeftModel.from_pretrained(MambaForCausalLM(MambaConfig(**config)), folder)
-    assert str(error.value).count("\n") <= 3
-    return str(error.value)
+@pytest.fixture(params=["peft", "transformers", "state-dict"])
+def load_error(request):
+    """The message with which an adapter is refused, by each of the ways to load one; the model is then as before."""
+
+    def error(folder, **sizes):
+        config = dict(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2) | sizes
+        model = MambaForCausalLM(MambaConfig(**config))
+        keys, kinds = [*model.state_dict()], [type(m) for m in model.modules()]
+        with pytest.raises(ValueError) as error:
+            if request.param == "peft":
+                PeftModel.from_pretrained(model, folder)
+            elif request.param == "transformers":
+                model.load_adapter(folder)
+            else:
+                tensors, stored = load_file(folder / "adapter_model.safetensors"), PeftConfig.from_pretrained(folder)
+                model.load_adapter(peft_config=stored, adapter_state_dict=tensors, ignore_mismatched_sizes=True)
+        assert str(error.value).count("\n") <= 3
+        if request.param != "peft":
+            assert [*model.state_dict()] == keys and [type(m) for m in model.modules()] == kinds
+            assert not hasattr(model, "peft_config") and not model._hf_peft_config_loaded
+        return str(error.value)
+
+    return error
 
 
 @pytest.mark.parametrize(
@@ -156,20 +173,20 @@ def load_error(folder, **sizes):
         ),
         (
             {"num_hidden_layers": 1},
-            "the adapter file has 1 tensors that this model has no place for, first base_model.model.backbone.layers.1"
-            ".mixer.offset_adapter.state_offset_h.",
+            "the adapter file has 1 tensors that this model has no place for, first backbone.layers.1.mixer"
+            ".offset_adapter.state_offset_h.",
         ),
     ],
     ids=["state-size", "hidden-size", "more-layers", "fewer-layers"],
 )
-def test_adapter_of_another_model_is_an_error(offset_folder, base, sizes, first_line):
+def test_adapter_of_another_model_is_an_error(offset_folder, base, load_error, sizes, first_line):
     message = load_error(offset_folder, **sizes)
     assert message.splitlines()[0] == first_line
     assert f"Load it on the model it was trained for: {str(base)!r}." in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_an_error(offset_folder, value):
+def test_values_that_are_not_finite_are_an_error(offset_folder, load_error, value):
     file = offset_folder / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors["base_model.model.backbone.layers.1.mixer.offset_adapter.state_offset_h"][3, :2] = value
@@ -181,7 +198,8 @@ def test_values_that_are_not_finite_are_an_error(offset_folder, value):
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1])
-def test_cut_off_file_is_a_short_error(offset_folder, size):
+@pytest.mark.parametrize("load_error", ["peft", "transformers"], indirect=True)
+def test_cut_off_file_is_a_short_error(offset_folder, load_error, size):
     file = offset_folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     message = load_error(offset_folder)
@@ -198,3 +216,35 @@ def test_low_cpu_mem_usage_without_weights(tiny_mamba, make_config):
     model = get_peft_model(tiny_mamba, make_config(), low_cpu_mem_usage=True)
     assert all(tensor.is_meta for tensor in adapter_tensors(model).values())
     assert not model.get_base_model().lm_head.weight.is_meta
+
+
+def test_a_refused_adapter_leaves_the_others_alone(offset_folder, base, make_nonzero, input_ids, logits):
+    loaded = AutoModelForCausalLM.from_pretrained(base)
+    loaded.load_adapter(offset_folder, "first")
+    expected = logits(loaded, input_ids)
+    file = offset_folder / "adapter_model.safetensors"
+    save_file({key: tensor * float("nan") for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        loaded.load_adapter(offset_folder, "second")
+    assert list(loaded.peft_config) == ["first"]
+    loaded.set_adapter("first")
+    assert torch.equal(logits(loaded, input_ids), expected)
+
+
+def test_auto_model_refuses_too(offset_folder):
+    file = offset_folder / "adapter_model.safetensors"
+    save_file({key: tensor * float("nan") for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        AutoModelForCausalLM.from_pretrained(offset_folder)
+
+
+def test_other_methods_load_as_ever(tiny_mamba, tmp_path):
+    model = get_peft_model(tiny_mamba, LoraConfig(target_modules=["in_proj"], r=2))
+    with torch.no_grad():
+        model.get_submodule("base_model.model.backbone.layers.0.mixer.in_proj.lora_A.default").weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    loaded = model.unload()
+    info = loaded.load_adapter(tmp_path)
+    assert not info.missing_keys and list(loaded.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="already exists"):
+        loaded.load_adapter(tmp_path)
