@@ -175,12 +175,25 @@ def _step(above: tuple[str, str], below: tuple[str, str], seqlens: Iterable[Size
     return ratios
 
 
-def _step_over_gemm(run: Run) -> list[float]:
-    return [
-        ratio
-        for method in ("full", "state-offset", "lora")
-        for ratio in _step(("cpu", method), ("gemm", method), (SHORT_STEP, LONG_STEP))(run)
-    ]
+def _step_over_gemm(*methods: str) -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        found = [_step(("cpu", method), ("gemm", method), (SHORT_STEP, LONG_STEP))(run) for method in methods]
+        found += [_step(("cpu", method), ("gemm", method), (BASE_STEP,), 8)(run) for method in methods]
+        return [ratio for group in found for ratio in group]
+
+    return ratios
+
+
+def _step_memory(above: str, below: str) -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        return _divide(
+            tuple(
+                run.median("fwdbwd", "cpu", *place, "peak memory", f"{method} 24 layers") for method in (above, below)
+            )
+            for place in run.settings("cpu")
+        )
+
+    return ratios
 
 
 def _convolution(direction: str) -> Callable[[Run], list[float]]:
@@ -217,6 +230,7 @@ def _throughput(run: Run) -> list[float]:
 
 SHORT_STEP: Sizes = (1, 768, 512)
 LONG_STEP: Sizes = (4, 768, 512)
+BASE_STEP: Sizes = (4, 256, 512)
 SCAN = "selective_scan"
 STEP = "training_step"
 CONV = "causal_conv1d"
@@ -248,7 +262,7 @@ BARS = (
         "only the offset's gradient / all with a state offset",
         _variant("offset-only", "bwd", base="state-offset"),
     ),
-    Bar(STEP, "full step of 1 x 512, against mambapy", _step(("mambapy", "full"), ("cpu", "full"), (SHORT_STEP,)), 5),
+    Bar(STEP, "full step of 1 x 512, against mambapy", _step(("mambapy", "full"), ("cpu", "full"), (SHORT_STEP,)), 7),
     Bar(
         STEP,
         "full step of 4 x 512, 4 layers, against mambapy",
@@ -259,11 +273,22 @@ BARS = (
         "full step of 1 x 512, against the unbind loop",
         _step(("unbind loop", "full"), ("cpu", "full"), (SHORT_STEP,)),
     ),
-    Bar(STEP, "step / its matrix products alone", _step_over_gemm, at_most=1.5),
+    Bar(STEP, "step / its matrix products alone", _step_over_gemm("full", "state-offset"), at_most=1.25),
+    Bar(STEP, "LoRA step / its matrix products alone", _step_over_gemm("lora")),
     Bar(
-        STEP, "full step / state-offset step", _step(("cpu", "full"), ("cpu", "state-offset"), (SHORT_STEP, LONG_STEP))
+        STEP,
+        "full step / state-offset step",
+        _step(("cpu", "full"), ("cpu", "state-offset"), (SHORT_STEP, LONG_STEP)),
+        at_least=1.35,
     ),
-    Bar(STEP, "full step / LoRA step", _step(("cpu", "full"), ("cpu", "lora"), (SHORT_STEP, LONG_STEP))),
+    Bar(
+        STEP,
+        "LoRA step / state-offset step",
+        _step(("cpu", "lora"), ("cpu", "state-offset"), (SHORT_STEP, LONG_STEP)),
+        at_least=1,
+    ),
+    Bar(STEP, "peak memory, full / state-offset", _step_memory("full", "state-offset"), at_least=1),
+    Bar(STEP, "peak memory, LoRA / state-offset", _step_memory("lora", "state-offset"), at_least=1),
     Bar(CONV, "convolution with silu, forward, against torch", _convolution("fwd")),
     Bar(CONV, "convolution with silu, forward + backward, against torch", _convolution("fwdbwd"), at_least=10),
     Bar(CONV, "convolution in bfloat16 / float32", _convolution_halves, at_most=0.77),

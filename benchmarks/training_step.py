@@ -1,7 +1,8 @@
 """Times a whole training step of a Mamba, forward and backward, against other ways to train it.
 
-`python -m benchmarks.training_step` measures the shape of Mamba-130m (24 layers, width 768; 1024 tokens of vocabulary)
-and appends its rows to benchmarks/results/<device>.csv; with --quick it takes two narrow layers and stores nothing.
+`python -m benchmarks.training_step` measures the shapes of Mamba-130m (24 layers, width 768; 1024 tokens of vocabulary)
+and of the model in the package (8 layers, width 256), and appends its rows to benchmarks/results/<device>.csv; with
+--quick it takes two narrow layers and stores nothing.
 """
 
 import argparse
@@ -40,8 +41,9 @@ def groups(backend: str, quick: bool) -> list[list[StepSpec]]:
         return [[replace(spec, layers=2, width=64) for spec in (*ours(1, 64), *peers(1, 64))]]
     short = [*ours(1, 512), *peers(1, 512)]
     kept = [replace(spec, tags=(KEPT,)) for spec in short if spec.backend != "unbind loop"]
+    base = [replace(spec, layers=8, width=256, vocabulary=8192) for spec in ours(4, 512)]
     shallow = [replace(spec, layers=4) for spec in (StepSpec(backend, "full", 4, 512), *peers(4, 512))]
-    planned = [short, ours(4, 512), shallow]
+    planned = [short, ours(4, 512), base, shallow]
     if platform.libc_ver()[0] == "glibc":
         planned.insert(1, kept)
     return planned
