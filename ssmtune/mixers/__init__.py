@@ -1,5 +1,6 @@
 """How each model architecture drives the operators: one file per architecture, patched onto model instances."""
 
+from .packing import install_packing, remove_packing
 from .patching import PatchSummary, find_mixers, patch, patch_mixer, supports, unpatch, unpatch_mixer
 from .state_inputs import StateAdapter, StateInputs
 
@@ -8,8 +9,10 @@ __all__ = [
     "StateAdapter",
     "StateInputs",
     "find_mixers",
+    "install_packing",
     "patch",
     "patch_mixer",
+    "remove_packing",
     "supports",
     "unpatch",
     "unpatch_mixer",

@@ -11,6 +11,7 @@ from torch import nn
 
 from ssmtune.ops import backends
 
+from .packing import install_packing, remove_packing
 from .selective_mixer import SelectiveMixer
 from .state_inputs import StateAdapter
 
@@ -50,7 +51,9 @@ def patch(model: nn.Module) -> PatchSummary:
     """Run the mixers of this model on the operators of ssmtune.
 
     Only these instances change: other models, transformers itself, parameters and state dict keys stay as they are.
-    Patching twice is patching once. Wrappers such as a `PeftModel` are looked through.
+    Patching twice is patching once. Wrappers such as a `PeftModel` are looked through. Sequences packed into one row are
+    kept apart, as `hand_down_sequences` says, where the model itself is patched and called: a patched part of it does
+    not see them.
 
     Args:
         model: a model, or any module, with Mamba mixers in it.
@@ -79,6 +82,7 @@ def patch(model: nn.Module) -> PatchSummary:
     backend = backends.choose("selective_scan", weight.device, weight.dtype)
     for _, mixer in mixers:
         patch_mixer(mixer)
+    install_packing(model)
     return PatchSummary(tuple(name for name, _ in mixers), backend, skipped)
 
 
@@ -94,7 +98,9 @@ def unpatch(model: nn.Module) -> int:
     mixers = [module for _, module in find_mixers(model) if isinstance(module, SelectiveMixer)]
     for mixer in mixers:
         _check_unpatchable(mixer)
-    return sum(unpatch_mixer(mixer) for mixer in mixers)
+    unpatched = sum(unpatch_mixer(mixer) for mixer in mixers)
+    remove_packing(model)
+    return unpatched
 
 
 def find_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -45,11 +45,24 @@ class SelectiveMixer(nn.Module):
             cache: a transformers `Cache`, read and updated in place; None runs the sequence on its own.
             attention_mask: (batch, seqlen) or longer, then its last columns count. Zero marks a pad: it enters neither
                 the convolution nor the state. One between cached tokens and new ones still takes a place in the window
-                of the convolution, as a zero.
+                of the convolution, as a zero. Or cu_seqlens (n_sequences + 1,), integers: where in the rows, taken
+                one after the other, each of the packed sequences starts, and the end.
 
         Returns:
             (batch, seqlen, hidden_size).
+
+        Raises:
+            ValueError: the mask has another shape, or sequences are packed and there is a cache.
         """
+        cu_seqlens, rows = None, hidden_states.shape[:2]
+        if attention_mask is not None and attention_mask.dim() == 1:
+            cu_seqlens, attention_mask = attention_mask, None
+            if cache is not None:
+                raise ValueError(
+                    f"{type(self).__name__} got {cu_seqlens.shape[0] - 1} packed sequences together with a cache.\n"
+                    "  Only a single sequence can be continued. Leave the cache out, as with use_cache=False."
+                )
+            hidden_states = hidden_states.reshape(1, -1, hidden_states.shape[-1])
         batch, seqlen, _ = hidden_states.shape
         pads = find_pads(attention_mask, batch, seqlen)
         inputs = sum_state_inputs(self)
@@ -61,11 +74,13 @@ class SelectiveMixer(nn.Module):
             x = x.masked_fill(pads, 0)
         x, z = x.transpose(1, 2), z.transpose(1, 2)
         window = x
-        if context is None and inputs.conv_state is not None:
+        if cu_seqlens is not None and inputs.conv_state is not None:
+            context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
+        elif context is None and inputs.conv_state is not None:
             context, x = place_conv_state(inputs.conv_state, x, pads)
             # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
             window = x if cache is None else torch.cat([context, x], dim=-1)
-        u = self.convolve(x, context)
+        u = self.convolve(x, context, cu_seqlens)
         if cache is not None:
             cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
 
@@ -91,23 +106,31 @@ class SelectiveMixer(nn.Module):
                 u, delta, A, B, C, D,
                 z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=cache is not None,
                 initial_state=inputs.initial_state if state is None else state,
-                state_offset=inputs.state_offset, output_offset=inputs.output_offset,
+                state_offset=inputs.state_offset, output_offset=inputs.output_offset, cu_seqlens=cu_seqlens,
             )  # fmt: skip
             if cache is not None:
                 y, last_state = y
                 cache.update_recurrent_state(last_state.unflatten(1, self.A_log.shape[:-1]), self.layer_idx)
             y = y.transpose(1, 2)
-        return self.out_proj(y)
+        out = self.out_proj(y)
+        return out if cu_seqlens is None else out.view(*rows, -1)
 
-    def convolve(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def convolve(self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """Causal convolution and activation of (batch, dim, seqlen), with the inputs left of it or zeros."""
         conv = self.conv1d
         silu = self.activation in ("silu", "swish")
         if _is_plain(conv, nn.Conv1d):
             u = ops.causal_conv1d(
-                x, conv.weight.squeeze(1), conv.bias, initial_states=context, activation="silu" if silu else None
-            )
+                x, conv.weight.squeeze(1), conv.bias,
+                initial_states=context, activation="silu" if silu else None, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
             return u if silu else self.act(u)
+        if cu_seqlens is not None:
+            pieces = x.split(cu_seqlens.diff().tolist(), dim=-1)
+            contexts = [None] * len(pieces) if context is None else context.split(1)
+            return torch.cat(
+                [self.convolve(piece, left, None) for piece, left in zip(pieces, contexts, strict=True)], dim=-1
+            )
         # The module pads by conv_kernel_size - 1 on both sides; its output i ends at input i.
         start = 0 if context is None else context.shape[-1]
         if context is not None:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.func import functional_call
 
-from ssmtune.mixers import find_mixers, patch_mixer, supports, unpatch_mixer
+from ssmtune.mixers import find_mixers, install_packing, patch_mixer, remove_packing, supports, unpatch_mixer
 from ssmtune.tuners.adapter_file import check_tensors
 from ssmtune.tuners.state_config import StateTunerConfig
 from ssmtune.tuners.state_layer import StateTunerLayer
@@ -48,6 +48,7 @@ class StateTunerModel(BaseTuner):
                 "  Pass another adapter_name, without dots."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        install_packing(model)
 
     def _prepare_adapter_config(self, peft_config: StateTunerConfig, model_config: dict) -> StateTunerConfig:
         if peft_config.target_modules is None:
@@ -139,6 +140,7 @@ class StateTunerModel(BaseTuner):
                     others[0].unpatch_on_removal = True
                 else:
                     unpatch_mixer(mixer)
+        remove_packing(model)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
