@@ -13,20 +13,20 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from ssmtune import native
 
 ENVIRONMENT_VARIABLE = "SSMTUNE_BACKEND"
-OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d")
+OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("ssmtune")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a backend must know of a call to take or refuse it."""
 
     device: str
@@ -149,7 +149,7 @@ def available_backends(op: str) -> dict[str, str | None]:
     """List the backends of an operator.
 
     Args:
-        op: "selective_scan", "selective_state_update" or "causal_conv1d".
+        op: "selective_scan", "selective_state_update", "causal_conv1d" or "causal_conv1d_update".
 
     Returns:
         Each backend in the order of preference: None when it can be used here, else the reason why not.

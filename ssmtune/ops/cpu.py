@@ -105,9 +105,9 @@ def _sequences(inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor):
         yield bounds[i], bounds[i + 1], slice(first, first + n_chunks), tuple(sequence.values())
 
 
-def selective_state_update(*args) -> None:
+def selective_state_update(*args) -> Tensor:
     """Advance the state by one step."""
-    torch.ops.ssmtune_native.selective_state_update(*args)
+    return torch.ops.ssmtune_native.selective_state_update(*args)
 
 
 def causal_conv1d_forward(
@@ -133,6 +133,11 @@ def causal_conv1d_backward(
         silu,
         *gradients,
     )
+
+
+def causal_conv1d_update(*args) -> Tensor:
+    """Advance the state of the convolution by one step."""
+    return torch.ops.ssmtune_native.causal_conv1d_update(*args)
 
 
 def _sequence(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

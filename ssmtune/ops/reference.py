@@ -206,3 +206,28 @@ def causal_conv1d_reference(
     if bias is not None:
         out = out + bias[:, None]
     return (out if activation is None else F.silu(out)).to(dtype), padded[:, :, seqlen:].to(dtype)
+
+
+def causal_conv1d_update_reference(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Advance `conv_state` in place by one step of the convolution.
+
+    Args:
+        As for `ssmtune.ops.causal_conv1d_update`.
+
+    Returns:
+        out (batch, dim) in the dtype of x.
+    """
+    dtype = compute_dtype(x)
+    taps = torch.cat([conv_state.to(dtype), x.to(dtype).unsqueeze(2)], dim=2)
+    out = (weight.to(dtype) * taps).sum(2)
+    if bias is not None:
+        out = out + bias.to(dtype)
+    conv_state.copy_(taps[:, :, 1:])
+    return (out if activation is None else F.silu(out)).to(x.dtype)

@@ -64,15 +64,12 @@ def selective_state_update(
     dt_softplus: bool,
     state_offset: Tensor | None,
     output_offset: Tensor | None,
-    out: Tensor,
-) -> None:
+) -> Tensor:
     """Advance the state by one step."""
-    out.copy_(
-        reference.selective_state_update_reference(
-            *(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus),
-            state_offset=state_offset,
-            output_offset=output_offset,
-        )
+    return reference.selective_state_update_reference(
+        *(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus),
+        state_offset=state_offset,
+        output_offset=output_offset,
     )
 
 
@@ -99,6 +96,11 @@ def causal_conv1d_backward(
 ) -> None:
     """Run the convolution backward."""
     _write(reference_backward.causal_conv1d_reference_backward(dout, dfinal_states, *inputs, silu), gradients)
+
+
+def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Advance the state of the convolution by one step."""
+    return reference.causal_conv1d_update_reference(x, conv_state, weight, bias, activation="silu" if silu else None)
 
 
 def _write(results: Sequence[Tensor | None], targets: Sequence[Tensor | None]) -> None:

@@ -1,9 +1,9 @@
 """One decoding step of the selective scan."""
 
-import torch
 from torch import Tensor
 
 from ssmtune.ops import arguments, backends
+from ssmtune.ops.decoding import call_directly, check_overwritten
 from ssmtune.ops.selective_state_update_op import selective_state_update as update
 
 _OPTIONAL = frozenset({"D", "z", "dt_bias", "state_offset", "output_offset"})
@@ -66,11 +66,15 @@ def selective_state_update(
 
     Raises:
         TypeError: an argument is not a tensor, or not a real floating-point one.
-        ValueError: a wrong shape, different devices, an empty batch, or an unknown backend.
+        ValueError: a wrong shape, different devices, an empty batch, an expanded state, or an unknown backend.
         RuntimeError: a tensor requires a gradient while gradients are recorded, or the backend asked for cannot run
             the call.
     """
     op = "selective_state_update"
+    args = state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_offset, output_offset
+    out = call_directly(op, x, backend, args)
+    if out is not None:
+        return out
     tensors = {
         "state": state,
         "x": x,
@@ -90,14 +94,8 @@ def selective_state_update(
     sizes = {"batch": batch, "dim": dim, "dstate": dstate}
     for name, layouts in _LAYOUTS.items():
         arguments.check_shape(op, name, tensors[name], layouts, sizes, "batch, dim and dstate are those of state.")
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{op}: {name} requires a gradient, but the update has none: it overwrites the state in place.\n"
-                    "  Decode under torch.no_grad(). To train through a step call selective_scan on a sequence of "
-                    "length 1\n  with initial_state=state and return_last_state=True."
-                )
+    instead = "selective_scan on a sequence of length 1\n  with initial_state=state and return_last_state=True"
+    check_overwritten(op, "state", tensors, instead)
 
     name = backends.choose(op, x.device, x.dtype, backend)
-    return update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, output_offset, name)
+    return update(*args, name)

@@ -23,9 +23,8 @@ def _fake(state, x, *args) -> Tensor:
 @torch.library.impl("ssmtune::selective_state_update", "CompositeExplicitAutograd")
 def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, output_offset, backend) -> Tensor:
     dtype, wide = x.dtype, compute_dtype(x)
-    out = x.new_empty(x.shape)
     work = contiguous(state, wide)
-    implementation(backend).selective_state_update(
+    out = implementation(backend).selective_state_update(
         work,
         contiguous(x, dtype),
         contiguous(dt, dtype),
@@ -38,7 +37,6 @@ def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, out
         dt_softplus,
         contiguous(state_offset, wide),
         contiguous(output_offset, wide),
-        out,
     )
     if work is not state:
         state.copy_(work)
