@@ -1,9 +1,9 @@
 """Sequences packed one after the other: how a patched model tells its mixers where each one starts.
 
-transformers hands `position_ids` and their like to attention layers only, never to the mixers of a Mamba. What does reach
-them is `attention_mask`, as it is, layer by layer. So a hook of the model, run before its forward pass, puts the
-boundaries there: cu_seqlens, which a mixer knows from a mask by its single dimension. As arguments of the call they
-are at hand when gradient checkpointing runs a layer again, whatever the model did in between.
+transformers hands `position_ids` and their like to attention layers only, never to the mixers of a Mamba. What does
+reach them is `attention_mask`, as it is, layer by layer. So a hook of the model, run before its forward pass, puts the
+boundaries there: cu_seqlens, which a mixer knows from a mask by its single dimension. As an argument of the layers they
+are at hand when gradient checkpointing runs one again, whatever the model did in between.
 """
 
 from __future__ import annotations

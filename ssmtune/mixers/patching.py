@@ -51,9 +51,9 @@ def patch(model: nn.Module) -> PatchSummary:
     """Run the mixers of this model on the operators of ssmtune.
 
     Only these instances change: other models, transformers itself, parameters and state dict keys stay as they are.
-    Patching twice is patching once. Wrappers such as a `PeftModel` are looked through. Sequences packed into one row are
-    kept apart, as `hand_down_sequences` says, where the model itself is patched and called: a patched part of it does
-    not see them.
+    Patching twice is patching once. Wrappers such as a `PeftModel` are looked through. Sequences packed into one row
+    are kept apart, as `ssmtune.mixers.packing` says, by calls of the model itself; to call its `forward` leaves that
+    out.
 
     Args:
         model: a model, or any module, with Mamba mixers in it.
