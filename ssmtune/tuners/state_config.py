@@ -10,8 +10,7 @@ from pathlib import Path
 from peft.config import PeftConfig
 
 from ssmtune.tuners.adapter_file import check_readable
-
-IMPORT_NOTE = "Import `ssmtune` before loading this adapter: it adds the method to peft."
+from ssmtune.tuners.model_card import write_card
 
 
 @dataclass
@@ -117,6 +116,29 @@ class StateTunerConfig(PeftConfig):
         stored = copy.copy(self)
         stored.reparametrize = None
         super(StateTunerConfig, stored).save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")
-        if card.is_file() and IMPORT_NOTE not in (text := card.read_text(encoding="utf-8")):
-            card.write_text(f"{text.rstrip()}\n\n{IMPORT_NOTE}\n", encoding="utf-8")
+        write_card(Path(save_directory), stored)
+
+    @property
+    def title(self) -> str:
+        """What a model card calls the method."""
+        raise NotImplementedError
+
+    @property
+    def formula(self) -> str:
+        """What it does, on one line."""
+        raise NotImplementedError
+
+    @property
+    def card_tags(self) -> list[str]:
+        """By which tags it is found."""
+        raise NotImplementedError
+
+    def card_settings(self) -> dict[str, str]:
+        """How it was set, for a model card."""
+        low_rank = f"{self.rank}, scaled by {(self.alpha or self.rank) / self.rank:g}" if self.rank else "whole"
+        settings = {"rank": low_rank} | ({"dropout": f"{self.dropout:g}"} if self.dropout else {})
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        settings["layers"] = "all" if layers is None else ", ".join(map(str, layers))
+        if self.modules_to_save:
+            settings["also trained"] = ", ".join(f"`{name}`" for name in self.modules_to_save)
+        return settings

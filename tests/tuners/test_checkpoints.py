@@ -122,13 +122,6 @@ def test_modules_to_save(base, make_config, make_nonzero, tmp_path, input_ids, l
     assert torch.equal(logits(loaded, input_ids), logits(model, input_ids))
 
 
-def test_card_says_to_import_ssmtune(offset_folder, base):
-    card = (offset_folder / "README.md").read_text()
-    assert card.count("Import `ssmtune`") == 1
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), offset_folder).save_pretrained(offset_folder)
-    assert (offset_folder / "README.md").read_text().count("Import `ssmtune`") == 1
-
-
 @pytest.fixture(params=["peft", "transformers", "state-dict"])
 def load_error(request):
     """The message with which an adapter is refused, by each of the ways to load one; the model is then as before."""

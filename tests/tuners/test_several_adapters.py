@@ -1,5 +1,7 @@
 """Several adapters of one method, and methods beside each other."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -212,3 +214,50 @@ def test_a_name_that_torch_cannot_store_is_an_error(tiny_mamba, make_config, nam
     with pytest.raises(ValueError, match="cannot be the name of an adapter"):
         model.add_adapter(name, make_config())
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-then-".join)
+def test_methods_train_are_stored_and_load_together(pair, tiny_mamba, tmp_path, input_ids, logits):
+    base = copy.deepcopy(tiny_mamba)
+    for name in pair:
+        model = get_peft_model(tiny_mamba, METHODS[name](), adapter_name=name)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+    assert all(not torch.equal(p, start[name]) for name, p in parameters.items())
+    model.save_pretrained(tmp_path)
+    expected = logits(model.eval(), input_ids)
+    loaded = ssmtune.load_adapters(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(loaded, input_ids), expected)
+    assert set(loaded.peft_config) == set(pair) and not any(p.requires_grad for p in loaded.parameters())
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded, input_ids), logits(base, input_ids))
+    trainable = ssmtune.load_adapters(base, tmp_path, is_trainable=True)
+    assert {name for name, p in trainable.get_base_model().named_parameters() if p.requires_grad} == {
+        name.removeprefix("base_model.model.") for name in parameters
+    }
+
+
+def test_load_adapters_takes_the_first_of_each_method(tiny_mamba, tmp_path, input_ids, logits):
+    base = copy.deepcopy(tiny_mamba)
+    model = get_peft_model(tiny_mamba, StateOffsetConfig())
+    model.add_adapter("later", StateOffsetConfig(rank=2))
+    get_peft_model(tiny_mamba, LoraConfig(**LORA), adapter_name="low")
+    for seed, name in enumerate(("default", "later", "low")):
+        fill(tiny_mamba, name, seed)
+    tiny_mamba.eval()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "checkpoint-2")
+    expected = logits(model, input_ids)
+    loaded = ssmtune.load_adapters(base, tmp_path)
+    assert list(loaded.peft_config) == ["default", "later", "low"]
+    torch.testing.assert_close(logits(loaded, input_ids), expected)
+
+
+def test_load_adapters_of_an_empty_folder_is_an_error(tiny_mamba, tmp_path):
+    with pytest.raises(ValueError, match="holds no adapter"):
+        ssmtune.load_adapters(tiny_mamba, tmp_path)

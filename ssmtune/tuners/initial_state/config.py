@@ -40,3 +40,18 @@ class InitialStateConfig(StateTunerConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("INITIAL_STATE")
+
+    @property
+    def title(self) -> str:
+        return "Initial State Tuning"
+
+    @property
+    def formula(self) -> str:
+        return "h_0 = initial_state"
+
+    @property
+    def card_tags(self) -> list[str]:
+        return ["initial-state-tuning"]
+
+    def card_settings(self) -> dict[str, str]:
+        return {"learned convolution state": "yes" if self.conv_state else "no", **super().card_settings()}

@@ -50,3 +50,21 @@ class StateOffsetConfig(StateTunerConfig):
                 f"rank={self.rank} does not go with target 'y': that offset is a vector, which has no rank.\n"
                 "  Leave rank out, or use target 'h'."
             )
+
+    @property
+    def title(self) -> str:
+        return f"State-offset Tuning ({self.target})"
+
+    @property
+    def formula(self) -> str:
+        return "y_t = C_t (h_t + offset) + D u_t" if self.target == "h" else "y_t = C_t h_t + D u_t + offset"
+
+    @property
+    def card_tags(self) -> list[str]:
+        return ["state-offset-tuning"]
+
+    def card_settings(self) -> dict[str, str]:
+        settings = super().card_settings()
+        if self.target == "y":
+            del settings["rank"]
+        return {"target": f"`{self.target}`", **settings}

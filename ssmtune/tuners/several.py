@@ -1,0 +1,55 @@
+"""Methods beside each other, loaded in one call."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.utils.constants import CONFIG_NAME
+from torch import nn
+
+
+def load_adapters(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftModel:
+    """Load every adapter of a folder into a model, as `save_pretrained` of a model with several left them.
+
+    `save_pretrained` stores the adapters of all methods of a model: the one named "default" in the folder itself, each
+    other one in a subfolder of its name. The first of each method is active afterwards, in alphabetical order after
+    "default"; further ones of a method are loaded beside it.
+
+    Args:
+        model: the base model, changed in place.
+        folder: a local folder.
+        kwargs: passed on to `PeftModel.from_pretrained` and `load_adapter`, such as `is_trainable=True`.
+
+    Returns:
+        A `PeftModel` of the last method, around all of them.
+
+    Raises:
+        ValueError: the folder holds no adapter, or one cannot be loaded.
+
+    Example:
+        >>> get_peft_model(base, LoraConfig(target_modules=["in_proj"]), adapter_name="low")
+        >>> model = get_peft_model(base, StateOffsetConfig(), adapter_name="shift")  # both train
+        >>> model.save_pretrained("run")
+        >>> model = ssmtune.load_adapters(base, "run")
+    """
+    folder = Path(folder)
+    # The checkpoints that a Trainer leaves beside the adapters are earlier states of the same ones.
+    subfolders = [path for path in sorted(folder.glob("*/")) if not re.fullmatch(r"checkpoint-\d+", path.name)]
+    places = {"default": folder} | {path.name: path for path in subfolders}
+    places = {name: path for name, path in places.items() if (path / CONFIG_NAME).is_file()}
+    if not places:
+        raise ValueError(
+            f"{folder} holds no adapter: neither it nor a folder in it has a {CONFIG_NAME}.\n"
+            "  Pass the folder that save_pretrained wrote to."
+        )
+    wrappers: dict[str, PeftModel] = {}
+    for name, path in places.items():
+        method = PeftConfig.from_pretrained(path).peft_type
+        if method in wrappers:
+            wrappers[method].load_adapter(path, name, **kwargs)
+        else:
+            wrappers[method] = PeftModel.from_pretrained(model, path, adapter_name=name, **kwargs)
+    return list(wrappers.values())[-1]
