@@ -72,6 +72,42 @@ SequenceTensor sequence(const OptionalTensor& x, const char* name, const Shape& 
   return x ? sequence(*x, name, shape, dtype) : SequenceTensor{};
 }
 
+// B or C: (batch, states, time), or (batch, groups, states, time).
+StateTensor states(const Tensor& x, const char* name, Shape shape, int64_t groups, DType dtype) {
+  StateTensor tensor;
+  if (x.dim() == 4) {
+    shape.insert(shape.begin() + 1, groups);
+    check_shape(x, name, shape);
+    const Tensor first = torch::stable::select(x, 1, 0);
+    static_cast<SequenceTensor&>(tensor) = sequence(first, name, {shape[0], shape[2], shape[3]}, dtype);
+    tensor.group_stride = x.stride(1);
+  } else {
+    static_cast<SequenceTensor&>(tensor) = sequence(x, name, shape, dtype);
+  }
+  return tensor;
+}
+
+// Where packed sequences start, and where the last one ends: they must cut up the steps, or a kernel would reach past them, and
+// a compiled graph gets here without any other check. Empty without cu_seqlens.
+std::vector<int64_t> sequence_bounds(const char* op, const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen) {
+  if (!cu_seqlens) return {};
+  const bool wide = cu_seqlens->scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || cu_seqlens->scalar_type() == ScalarType::Int, op, ": cu_seqlens must be int32 or int64");
+  STD_TORCH_CHECK(cu_seqlens->is_cpu() && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && batch == 1, op,
+                  ": cu_seqlens must have shape (n_sequences + 1,) and lie on the CPU, and the batch must be 1");
+  const int64_t stride = cu_seqlens->stride(0);
+  std::vector<int64_t> bounds(cu_seqlens->size(0));
+  for (size_t i = 0; i < bounds.size(); ++i) {
+    bounds[i] = wide ? static_cast<const int64_t*>(cu_seqlens->data_ptr())[i * stride]
+                     : static_cast<const int32_t*>(cu_seqlens->data_ptr())[i * stride];
+    const bool in_order = i == 0 ? bounds[i] == 0 : bounds[i] > bounds[i - 1];
+    STD_TORCH_CHECK(in_order && (i + 1 < bounds.size() || bounds[i] == seqlen), op, ": cu_seqlens has ", bounds[i],
+                    " as value ", i, ", but must start with 0, increase, and end with seqlen = ", seqlen,
+                    ".\n  Each step belongs to a sequence, none is empty. Pass 0, then the cumulative sum of the lengths.");
+  }
+  return bounds;
+}
+
 // Asks for huge pages under a large result: it is mostly memory the process has not touched yet, and to fetch that in pages
 // of 4 KiB can take longer than the scan that fills it.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
@@ -118,11 +154,27 @@ ChannelParameter channel_parameter(const OptionalTensor& x, const char* name, in
 
 // Enough tasks to keep some 16 threads busy, from rows of the batch first and from channels for the rest. `max_ranges`
 // bounds what each range of channels costs in memory.
-Partition make_partition(int64_t batch, int64_t dim, int64_t max_ranges) {
-  constexpr int64_t kTasks = 16;
-  Partition partition{batch, dim, std::min(batch, kTasks), 1};
+constexpr int64_t kTasks = 16;
+Partition make_partition(int64_t batch, int64_t dim, int64_t max_ranges, int64_t sections = 1) {
+  Partition partition{batch, dim, std::min(batch, kTasks), sections, sections};
   const int64_t ranges = (kTasks + partition.groups - 1) / partition.groups;
-  partition.ranges = std::max<int64_t>(1, std::min({ranges, partition.units(), max_ranges}));
+  const int64_t section_ranges = std::min({ranges / sections, partition.units(), max_ranges / sections});
+  partition.ranges = sections * std::max<int64_t>(1, section_ranges);
+  return partition;
+}
+
+// The same for packed sequences: from channels first, for the lengths of sequences may differ. Groups of them have about as
+// many steps each; `group_begin` is where they are kept.
+Partition make_partition(const std::vector<int64_t>& bounds, int64_t dim, int64_t max_ranges, int64_t sections,
+                         std::vector<int64_t>& group_begin) {
+  Partition partition = make_partition(1, dim, max_ranges, sections);
+  partition.batch = static_cast<int64_t>(bounds.size()) - 1;
+  partition.groups = std::min(partition.batch, (kTasks + partition.ranges - 1) / partition.ranges);
+  for (int64_t group = 0; group <= partition.groups; ++group) {
+    const int64_t step = bounds.back() * group / partition.groups;
+    group_begin.push_back(std::lower_bound(bounds.begin(), bounds.end(), step) - bounds.begin());
+  }
+  partition.group_begin = group_begin.data();
   return partition;
 }
 
@@ -188,49 +240,66 @@ class Gradient {
 // Sums over ranges of channels are kept until the end; they may take about a third of the memory of u.
 int64_t max_scan_ranges(int64_t dim, int64_t dstate) { return std::max<int64_t>(4, dim / (6 * dstate)); }
 
-void fill_scan(SelectiveScanParams& p, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-               const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-               const OptionalTensor& initial_state, const OptionalTensor& state_offset, const OptionalTensor& output_offset,
-               bool delta_softplus, const OptionalTensor& chunk_states) {
+// What the parameters of one call point to besides tensors.
+struct PackedSequences {
+  std::vector<int64_t> bounds, group_begin;
+};
+
+void fill_scan(SelectiveScanParams& p, PackedSequences& packed, const Tensor& u, const Tensor& delta, const Tensor& A,
+               const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+               const OptionalTensor& delta_bias, const OptionalTensor& initial_state, const OptionalTensor& state_offset, const OptionalTensor& output_offset,
+               const OptionalTensor& cu_seqlens, bool delta_softplus, const OptionalTensor& chunk_states) {
   STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must have shape (batch, dim, seqlen) and A (dim, dstate)");
   p.batch = u.size(0), p.dim = u.size(1), p.seqlen = u.size(2), p.dstate = A.size(1);
   check_sizes({p.batch, p.dim, p.seqlen, p.dstate});
-  p.partition = make_partition(p.batch, p.dim, max_scan_ranges(p.dim, p.dstate));
+  const int64_t groups = B.dim() == 4 ? B.size(1) : 1, max_ranges = max_scan_ranges(p.dim, p.dstate);
+  STD_TORCH_CHECK(groups >= 1 && p.dim % groups == 0 && B.dim() == C.dim(), "B and C must share groups that divide dim");
+  p.rows = p.batch;
+  packed.bounds = sequence_bounds("selective_scan", cu_seqlens, p.batch, p.seqlen);
+  if (cu_seqlens) {
+    p.bounds = packed.bounds.data();
+    p.rows = static_cast<int64_t>(packed.bounds.size()) - 1;
+    p.partition = make_partition(packed.bounds, p.dim, max_ranges, groups, packed.group_begin);
+  } else {
+    p.partition = make_partition(p.batch, p.dim, max_ranges, groups);
+  }
   const Shape sequence_shape{p.batch, p.dim, p.seqlen}, state_shape{p.batch, p.dstate, p.seqlen};
   const DType dtype = dtype_of(u, "u");
   p.u = sequence(u, "u", sequence_shape, dtype);
   p.delta = sequence(delta, "delta", sequence_shape, dtype);
   p.z = sequence(z, "z", sequence_shape, dtype);
-  p.B = sequence(B, "B", state_shape, dtype);
-  p.C = sequence(C, "C", state_shape, dtype);
+  p.B = states(B, "B", state_shape, groups, dtype);
+  p.C = states(C, "C", state_shape, groups, dtype);
   p.A = contiguous(A, "A", {p.dim, p.dstate});
   p.D = contiguous(D, "D", {p.dim});
   p.delta_bias = contiguous(delta_bias, "delta_bias", {p.dim});
-  p.initial_state = channel_parameter(initial_state, "initial_state", p.batch, {p.dim, p.dstate});
-  p.state_offset = channel_parameter(state_offset, "state_offset", p.batch, {p.dim, p.dstate});
-  p.output_offset = channel_parameter(output_offset, "output_offset", p.batch, {p.dim});
+  p.initial_state = channel_parameter(initial_state, "initial_state", p.rows, {p.dim, p.dstate});
+  p.state_offset = channel_parameter(state_offset, "state_offset", p.rows, {p.dim, p.dstate});
+  p.output_offset = channel_parameter(output_offset, "output_offset", p.rows, {p.dim});
   p.delta_softplus = delta_softplus;
   p.chunk_states =
-      contiguous(chunk_states, "chunk_states", {p.batch, p.chunks(), round_up(p.dim, kChannelPadding), p.dstate});
+      contiguous(chunk_states, "chunk_states", {p.batch, p.first_chunk(p.rows) / p.batch, p.kept_channels(), p.dstate});
 }
 
 void selective_scan_fwd(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                         const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
                         const OptionalTensor& initial_state, const OptionalTensor& state_offset,
-                        const OptionalTensor& output_offset, bool delta_softplus, const Tensor& out, const Tensor& last_state,
-                        const OptionalTensor& chunk_states) {
+                        const OptionalTensor& output_offset, const OptionalTensor& cu_seqlens, bool delta_softplus,
+                        const Tensor& out, const Tensor& last_state, const OptionalTensor& chunk_states) {
   SelectiveScanForward p{};
-  fill_scan(p, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset, delta_softplus, chunk_states);
+  PackedSequences packed;
+  fill_scan(p, packed, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset, cu_seqlens,
+            delta_softplus, chunk_states);
   p.out = result(out, "out", {p.batch, p.dim, p.seqlen}, p.u.dtype);
-  p.last_state = contiguous(last_state, "last_state", {p.batch, p.dim, p.dstate});
+  p.last_state = contiguous(last_state, "last_state", {p.rows, p.dim, p.dstate});
   if (chunk_states) prefer_huge_pages(p.chunk_states, chunk_states->numel() * sizeof(float));
   run(kernels().selective_scan_fwd, p, p.batch * p.dim * p.seqlen * p.dstate);
 }
 
-// Adds up the ranges' shares of dB and dC, in their order.
+// Adds up the ranges' shares of dB and dC, in their order: for each row of the batch and group, those of its channels.
 void reduce_dBC(const SelectiveScanBackward& p, const float* shares, float* dB, float* dC) {
-  const int64_t ranges = p.partition.ranges, row = 2 * p.padded_states();
-  torch::stable::parallel_for(0, p.batch * p.seqlen, 256, [&](int64_t begin, int64_t end) {
+  const int64_t ranges = p.partition.section_ranges(), row = 2 * p.padded_states();
+  torch::stable::parallel_for(0, p.batch * p.partition.sections * p.seqlen, 256, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(row);
     for (int64_t step = begin; step < end; ++step) {
       const float* share = shares + (step / p.seqlen * ranges * p.seqlen + step % p.seqlen) * row;
@@ -245,13 +314,13 @@ void reduce_dBC(const SelectiveScanBackward& p, const float* shares, float* dB, 
   });
 }
 
-// dB and dC are (batch, dstate, seqlen) views of contiguous (batch, seqlen, dstate) tensors.
-float* state_gradient(const OptionalTensor& x, const char* name, const SelectiveScanParams& p) {
+// dB and dC are views of contiguous tensors with the last two axes the other way round, like B and C with groups or without.
+float* state_gradient(const OptionalTensor& x, const char* name, const SelectiveScanParams& p, bool grouped) {
   if (!x) return nullptr;
-  check_shape(*x, name, {p.batch, p.dstate, p.seqlen});
-  const bool layout = (x->stride(1) == 1 || p.dstate == 1) && (x->stride(2) == p.dstate || p.seqlen == 1) &&
-                      (x->stride(0) == p.seqlen * p.dstate || p.batch == 1);
-  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && layout, name,
+  Shape shape{p.batch, p.dstate, p.seqlen};
+  if (grouped) shape.insert(shape.begin() + 1, p.partition.sections);
+  check_shape(*x, name, shape);
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && torch::stable::transpose(*x, -2, -1).is_contiguous(), name,
                   " must be float32 and the transpose of a contiguous (batch, seqlen, dstate) tensor");
   return static_cast<float*>(x->data_ptr());
 }
@@ -259,22 +328,25 @@ float* state_gradient(const OptionalTensor& x, const char* name, const Selective
 void selective_scan_bwd(const OptionalTensor& dout, const OptionalTensor& dlast_state, const Tensor& u, const Tensor& delta,
                         const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
                         const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
-                        const OptionalTensor& state_offset, const OptionalTensor& output_offset, const Tensor& chunk_states,
-                        bool delta_softplus, const OptionalTensor& du, const OptionalTensor& ddelta, const OptionalTensor& dA,
+                        const OptionalTensor& state_offset, const OptionalTensor& output_offset,
+                        const OptionalTensor& cu_seqlens, const Tensor& chunk_states, bool delta_softplus,
+                        const OptionalTensor& du, const OptionalTensor& ddelta, const OptionalTensor& dA,
                         const OptionalTensor& dB, const OptionalTensor& dC, const OptionalTensor& dD, const OptionalTensor& dz,
                         const OptionalTensor& ddelta_bias, const OptionalTensor& dinitial_state,
                         const OptionalTensor& dstate_offset, const OptionalTensor& doutput_offset) {
   SelectiveScanBackward p{};
-  fill_scan(p, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset, delta_softplus, chunk_states);
+  PackedSequences packed;
+  fill_scan(p, packed, u, delta, A, B, C, D, z, delta_bias, initial_state, state_offset, output_offset, cu_seqlens,
+            delta_softplus, chunk_states);
   const Shape sequence_shape{p.batch, p.dim, p.seqlen}, matrix_shape{p.dim, p.dstate}, vector_shape{p.dim};
   STD_TORCH_CHECK(!dz || z, "dz was asked for without z");
   p.dout = sequence(dout, "dout", sequence_shape, p.u.dtype);
   p.du = result(du, "du", sequence_shape, p.u.dtype);
   p.ddelta = result(ddelta, "ddelta", sequence_shape, p.u.dtype);
   p.dz = result(dz, "dz", sequence_shape, p.u.dtype);
-  p.dlast_state = contiguous(dlast_state, "dlast_state", {p.batch, p.dim, p.dstate});
-  float* const dB_target = state_gradient(dB, "dB", p);
-  float* const dC_target = state_gradient(dC, "dC", p);
+  p.dlast_state = contiguous(dlast_state, "dlast_state", {p.rows, p.dim, p.dstate});
+  float* const dB_target = state_gradient(dB, "dB", p, B.dim() == 4);
+  float* const dC_target = state_gradient(dC, "dC", p, C.dim() == 4);
   Buffer dBC;
   if (dB || dC) dBC = allocate(p.batch * p.partition.ranges * p.seqlen * 2 * p.padded_states());
   p.dBC = dBC.get();
@@ -385,27 +457,6 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
 
 // ---- causal convolution --------------------------------------------------------------------------------------------
 
-// Where packed sequences begin and end: they must cut up the steps, or a kernel would reach past them. Empty without
-// cu_seqlens.
-std::vector<int64_t> sequence_bounds(const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen) {
-  if (!cu_seqlens) return {};
-  const bool wide = cu_seqlens->scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || cu_seqlens->scalar_type() == ScalarType::Int, "cu_seqlens must be int32 or int64");
-  STD_TORCH_CHECK(cu_seqlens->is_cpu() && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && batch == 1,
-                  "cu_seqlens must have shape (n_sequences + 1,) and lie on the CPU, and the batch must be 1");
-  const int64_t stride = cu_seqlens->stride(0);
-  std::vector<int64_t> bounds(cu_seqlens->size(0));
-  for (size_t i = 0; i < bounds.size(); ++i) {
-    bounds[i] = wide ? static_cast<const int64_t*>(cu_seqlens->data_ptr())[i * stride]
-                     : static_cast<const int32_t*>(cu_seqlens->data_ptr())[i * stride];
-    STD_TORCH_CHECK(i > 0 ? bounds[i - 1] < bounds[i] : bounds[0] == 0, "cu_seqlens must start with 0 and increase, got ",
-                    to_string(bounds.data(), i + 1));
-  }
-  STD_TORCH_CHECK(bounds.back() == seqlen, "cu_seqlens ends with ", std::to_string(bounds.back()), ", expected seqlen = ",
-                  std::to_string(seqlen));
-  return bounds;
-}
-
 // Packed sequences may have very different lengths: there, tasks are ranges of channels first.
 Partition make_conv_partition(int64_t sequences, int64_t dim, bool packed) {
   Partition partition = make_partition(packed ? 1 : sequences, dim, dim);
@@ -441,7 +492,7 @@ SequenceTensor final_states(const OptionalTensor& x, const char* name, const Cau
 void causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_states,
                        const OptionalTensor& cu_seqlens, bool silu, const Tensor& out, const OptionalTensor& final_states_out) {
   CausalConv1dForward p{};
-  const std::vector<int64_t> bounds = sequence_bounds(cu_seqlens, x.size(0), x.size(-1));
+  const std::vector<int64_t> bounds = sequence_bounds("causal_conv1d", cu_seqlens, x.size(0), x.size(-1));
   fill_conv(p, x, weight, bias, initial_states, bounds, silu);
   p.out = result(out, "out", {x.size(0), p.dim, p.seqlen}, p.x.dtype);
   p.final_states = final_states(final_states_out, "final_states", p);
@@ -453,7 +504,7 @@ void causal_conv1d_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, 
                        bool silu, const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
                        const OptionalTensor& dinitial_states) {
   CausalConv1dBackward p{};
-  const std::vector<int64_t> bounds = sequence_bounds(cu_seqlens, x.size(0), x.size(-1));
+  const std::vector<int64_t> bounds = sequence_bounds("causal_conv1d", cu_seqlens, x.size(0), x.size(-1));
   fill_conv(p, x, weight, bias, initial_states, bounds, silu);
   const Shape sequence_shape{x.size(0), p.dim, p.seqlen};
   p.dout = sequence(dout, "dout", sequence_shape, p.x.dtype);
@@ -502,13 +553,13 @@ std::string cpu_capability() { return kernels().capability; }
 STABLE_TORCH_LIBRARY(ssmtune_native, m) {
   m.def(
       "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-      "Tensor? initial_state, Tensor? state_offset, Tensor? output_offset, bool delta_softplus, Tensor(a!) out, "
-      "Tensor(b!) last_state, Tensor(c!)? chunk_states) -> ()");
+      "Tensor? initial_state, Tensor? state_offset, Tensor? output_offset, Tensor? cu_seqlens, bool delta_softplus, "
+      "Tensor(a!) out, Tensor(b!) last_state, Tensor(c!)? chunk_states) -> ()");
   m.def(
       "selective_scan_bwd(Tensor? dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
-      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? state_offset, Tensor? output_offset, Tensor chunk_states, "
-      "bool delta_softplus, Tensor(a!)? du, Tensor(b!)? ddelta, Tensor(c!)? dA, Tensor(d!)? dB, Tensor(e!)? dC, "
-      "Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state, Tensor(j!)? dstate_offset, "
+      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? state_offset, Tensor? output_offset, Tensor? cu_seqlens, "
+      "Tensor chunk_states, bool delta_softplus, Tensor(a!)? du, Tensor(b!)? ddelta, Tensor(c!)? dA, Tensor(d!)? dB, "
+      "Tensor(e!)? dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state, Tensor(j!)? dstate_offset, "
       "Tensor(k!)? doutput_offset) -> ()");
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "

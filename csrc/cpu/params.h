@@ -17,6 +17,11 @@ struct SequenceTensor {
   int64_t stride = 0;
 };
 
+// B or C: a (batch, states, time) tensor for each group of channels, or one for all of them (group_stride 0).
+struct StateTensor : SequenceTensor {
+  int64_t group_stride = 0;
+};
+
 // A contiguous fp32 parameter of each channel, shared by the batch (batch_stride 0) or one for each row of it.
 struct ChannelParameter {
   const float* data = nullptr;
@@ -31,28 +36,40 @@ struct ChannelGradient {
   int64_t group_stride = 0;
 };
 
-// Work is cut into groups * ranges tasks: some rows of the batch times some channels. The cut depends on shapes alone, and
-// each task adds up its results in a fixed order, so results do not depend on the number of threads.
+// Work is cut into groups * ranges tasks: some rows of the batch times some channels. The channels are `sections` of equal
+// size, and no range reaches from one into the next. The cut depends on the arguments alone, not on the number of threads, and
+// each task adds up its results in a fixed order: so results do not depend on it either.
 struct Partition {
   static constexpr int64_t kUnit = 32;  // channels; a multiple of every kernel's block of channels
 
   int64_t batch, dim, groups, ranges;
+  int64_t sections = 1;
+  const int64_t* group_begin = nullptr;  // the first row of each group, and the end of the last; null for groups of equal size
 
   int64_t tasks() const { return groups * ranges; }
   int64_t group(int64_t task) const { return task / ranges; }
   int64_t range(int64_t task) const { return task % ranges; }
-  int64_t batch_begin(int64_t task) const { return batch * group(task) / groups; }
-  int64_t batch_end(int64_t task) const { return batch * (group(task) + 1) / groups; }
-  int64_t channel_begin(int64_t task) const { return boundary(range(task)); }
-  int64_t channel_end(int64_t task) const { return boundary(range(task) + 1); }
-  int64_t units() const { return (dim + kUnit - 1) / kUnit; }
-  int64_t max_range_channels() const { return (units() + ranges - 1) / ranges * kUnit; }
+  int64_t batch_begin(int64_t task) const { return row(group(task)); }
+  int64_t batch_end(int64_t task) const { return row(group(task) + 1); }
+  int64_t section(int64_t task) const { return range(task) / section_ranges(); }
+  int64_t section_size() const { return dim / sections; }
+  int64_t section_ranges() const { return ranges / sections; }
+  int64_t channel_begin(int64_t task) const { return boundary(task, 0); }
+  int64_t channel_end(int64_t task) const { return boundary(task, 1); }
+  int64_t units() const { return (section_size() + kUnit - 1) / kUnit; }  // of a section
+  int64_t max_range_channels() const { return (units() + section_ranges() - 1) / section_ranges() * kUnit; }
 
  private:
-  int64_t boundary(int64_t range) const {
-    const int64_t channel = units() * range / ranges * kUnit;
-    return channel < dim ? channel : dim;
+  int64_t row(int64_t group) const { return group_begin ? group_begin[group] : batch * group / groups; }
+  int64_t boundary(int64_t task, int64_t end) const {
+    const int64_t channel = units() * (range(task) % section_ranges() + end) / section_ranges() * kUnit;
+    return section(task) * section_size() + (channel < section_size() ? channel : section_size());
   }
+};
+
+// A row of the batch, or one of the sequences packed into the only one: the steps [begin, end).
+struct Row {
+  int64_t batch, begin, end;
 };
 
 // The forward scan keeps one state every kChunk steps; the backward scan recomputes the steps between.
@@ -69,26 +86,33 @@ inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
 struct SelectiveScanParams {
   Partition partition;
   int64_t batch, dim, seqlen, dstate;
-  SequenceTensor u, delta, z, B, C;
+  int64_t rows;           // the batch, or the sequences packed into a batch of 1
+  const int64_t* bounds;  // (rows + 1,): where packed sequences start, and where the last one ends; else null
+  SequenceTensor u, delta, z;
+  StateTensor B, C;
   const float* A;           // (dim, dstate)
   const float* D;           // (dim,)
   const float* delta_bias;  // (dim,)
   ChannelParameter initial_state, state_offset, output_offset;
   bool delta_softplus;
-  float* chunk_states;  // (batch, chunks, padded dim / lanes, dstate, lanes): the state after each chunk
+  float* chunk_states;  // (kept chunks, sections, padded section size / lanes, dstate, lanes): the state after each chunk
 
-  int64_t chunks() const { return (seqlen + kChunk - 1) / kChunk; }
+  Row row(int64_t r) const { return bounds ? Row{0, bounds[r], bounds[r + 1]} : Row{r, 0, seqlen}; }
+  // Where the chunks of row r are kept. Packed sequences may leave one unused between them: how many are kept depends on shapes
+  // alone, and sequences of n steps in all have at most n / kChunk chunks and one more each.
+  int64_t first_chunk(int64_t r) const { return bounds ? bounds[r] / kChunk + r : r * ((seqlen + kChunk - 1) / kChunk); }
+  int64_t kept_channels() const { return partition.sections * round_up(partition.section_size(), kChannelPadding); }
   int64_t padded_states() const { return round_up(dstate, kStateGroup); }
 };
 
 struct SelectiveScanForward : SelectiveScanParams {
   SequenceTensor out;
-  float* last_state;  // (batch, dim, dstate)
+  float* last_state;  // (rows, dim, dstate)
 };
 
 struct SelectiveScanBackward : SelectiveScanParams {
   SequenceTensor dout, du, ddelta, dz;
-  const float* dlast_state;  // (batch, dim, dstate)
+  const float* dlast_state;  // (rows, dim, dstate)
   float* dBC;                // (batch, ranges, seqlen, 2, padded states): each range's share of dB and dC; or null
   ChannelGradient dA, dD, ddelta_bias, dinitial_state, dstate_offset, doutput_offset;
 };

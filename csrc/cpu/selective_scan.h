@@ -9,21 +9,39 @@ namespace ssmtune::SSMTUNE_CPU_CAPABILITY {
 // and (blocks, lanes). Padded states have A = 0 and start from zero; as B and C are zero there too, they stay zero.
 class ChannelBlocks {
  public:
-  ChannelBlocks(const SelectiveScanParams& p, int64_t channel_begin, int64_t channel_end)
-      : channel_begin_(channel_begin), channel_end_(channel_end), seqlen_(p.seqlen), dstate_(p.dstate),
+  ChannelBlocks(const SelectiveScanParams& p, int64_t task)
+      : channel_begin_(p.partition.channel_begin(task)), channel_end_(p.partition.channel_end(task)),
+        section_(p.partition.section(task)), section_begin_(section_ * p.partition.section_size()),
+        section_end_(section_begin_ + p.partition.section_size()), dstate_(p.dstate),
         matrix_size_(p.padded_states() * kLanes) {}
 
+  int64_t section() const { return section_; }
   int64_t count() const { return (channel_end_ - channel_begin_ + kLanes - 1) / kLanes; }
   int64_t channel(int64_t block) const { return channel_begin_ + block * kLanes; }
   int64_t lanes(int64_t block) const { return lanes_left(channel(block), channel_end_); }
   int64_t matrix_size() const { return matrix_size_; }
 
   // Where the work goes on after the tile `at`: at `block` or, past the last one, at the first of the next chunk, `chunk_step`
-  // steps forward or back. Without lanes if there is no such chunk.
-  TilePosition next_tile(const TilePosition& at, int64_t block, int64_t chunk_step) const {
+  // steps forward or back. Without lanes if the row has no such chunk.
+  TilePosition next_tile(const Row& row, const TilePosition& at, int64_t block, int64_t chunk_step) const {
     if (block < count()) return {at.batch, channel(block), lanes(block), at.time, at.steps};
     const int64_t time = at.time + chunk_step;
-    return {at.batch, channel(0), time >= 0 && time < seqlen_ ? lanes(0) : 0, time, at.steps};
+    return {at.batch, channel(0), time >= row.begin && time < row.end ? lanes(0) : 0, time, at.steps};
+  }
+
+  // Where chunk_states keeps the state of a block after a chunk: (dstate, lanes).
+  float* chunk_state(const SelectiveScanParams& p, int64_t chunk, int64_t block) const {
+    const int64_t kept = p.kept_channels(), section = section_ * (kept / p.partition.sections);
+    return p.chunk_states + (chunk * kept + section + channel(block) - section_begin_) * dstate_;
+  }
+  // The channels of its padding that no block covers: a result holds no memory left unwritten.
+  void clear_padding(const SelectiveScanParams& p, int64_t chunk) const {
+    const int64_t covered = channel(count()), padded = section_begin_ + p.kept_channels() / p.partition.sections;
+    if (covered >= section_end_ && covered < padded) fill_zero(chunk_state(p, chunk, count()), (padded - covered) * dstate_);
+  }
+  void clear_chunk(const SelectiveScanParams& p, int64_t chunk) const {
+    fill_zero(chunk_state(p, chunk, 0), count() * kLanes * dstate_);
+    clear_padding(p, chunk);
   }
 
   void pack_matrix(const float* source, float* packed) const {
@@ -73,7 +91,7 @@ class ChannelBlocks {
   }
 
  private:
-  int64_t channel_begin_, channel_end_, seqlen_, dstate_, matrix_size_;
+  int64_t channel_begin_, channel_end_, section_, section_begin_, section_end_, dstate_, matrix_size_;
 };
 
 // The step as the exponent wants it where a state may grow: one that grows by more than 2^127 in a step, past the range of
@@ -93,8 +111,11 @@ struct StateRows {
 
 inline int64_t state_rows_floats(const SelectiveScanParams& p) { return kChunk * round_up(p.dstate, 16); }
 
-inline StateRows state_rows(const SelectiveScanParams& p, const SequenceTensor& x, int64_t batch, int64_t time, int64_t steps,
-                            float* buffer) {
+// Those of the section of channels whose group of B and C they are.
+inline StateRows state_rows(const SelectiveScanParams& p, const StateTensor& states, int64_t section, int64_t batch,
+                            int64_t time, int64_t steps, float* buffer) {
+  SequenceTensor x = states;
+  x.data = static_cast<char*>(x.data) + section * states.group_stride * (x.dtype == DType::kFloat32 ? 4 : 2);
   if (x.channels_last && x.dtype == DType::kFloat32 && p.dstate % kStateGroup == 0) {
     return {static_cast<const float*>(x.data) + batch * x.batch_stride + time * x.stride, x.stride};
   }
@@ -104,12 +125,6 @@ inline StateRows state_rows(const SelectiveScanParams& p, const SequenceTensor& 
     read_tile(x, {batch, n, lanes > 0 ? lanes : 0, time, steps}, buffer + n, stride);
   }
   return {buffer, stride};
-}
-
-// Where chunk_states keeps the state after `chunk` of the block that starts at `channel`: (dstate, lanes).
-inline float* chunk_state(const SelectiveScanParams& p, int64_t batch, int64_t chunk, int64_t channel) {
-  const int64_t size = round_up(p.dim, kChannelPadding) * p.dstate;
-  return p.chunk_states + (batch * p.chunks() + chunk) * size + channel * p.dstate;
 }
 
 }  // namespace ssmtune::SSMTUNE_CPU_CAPABILITY

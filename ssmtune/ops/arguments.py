@@ -74,6 +74,30 @@ def check_shape(
     )
 
 
+def check_groups(op: str, B: Tensor, C: Tensor, sizes: Mapping[str, int]) -> None:
+    """Check that B and C are (batch, dstate, seqlen), or both (batch, groups, dstate, seqlen)."""
+    axes, why = ("batch", "dstate", "seqlen"), "batch and seqlen are those of u, dstate is that of A."
+    if B.dim() == 4:
+        sizes, axes, why = (
+            {**sizes, "groups": B.shape[1]},
+            ("batch", "groups", *axes[1:]),
+            f"{why} C has the groups of B.",
+        )
+        dim = sizes["dim"]
+        if B.shape[1] == 0 or dim % B.shape[1] != 0:
+            raise ValueError(
+                f"{op}: B has shape {tuple(B.shape)}, so groups is {B.shape[1]}, expected a divisor of dim = {dim}.\n"
+                "  Each group is read by as many channels as the next. Take as many groups as the model has."
+            )
+    if {B.dim(), C.dim()} == {3, 4}:
+        raise ValueError(
+            f"{op}: C has shape {tuple(C.shape)} and B {tuple(B.shape)}, expected both with groups or both without.\n"
+            "  A channel reads the same group of both. Give the other one its groups, or a single one by unsqueeze(1)."
+        )
+    check_shape(op, "B", B, (axes,), sizes, why)
+    check_shape(op, "C", C, (axes,), sizes, why)
+
+
 def _what_to_do(
     op: str, name: str, tensor: Tensor, layouts: tuple[tuple[str, ...], ...], sizes: Mapping[str, int]
 ) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ssmtune.ops.layout import contiguous, dense_axis
-from ssmtune.ops.reference import ALONG_STEPS, has_rows, split_sequences
 
 CHUNK_SIZE = 64
 CHANNEL_BLOCK = 16
@@ -22,8 +21,9 @@ def chunk_states_shape(
     if n_sequences is not None:
         # each sequence has chunks of its own, and at most one more than fit into it
         n_chunks = seqlen // CHUNK_SIZE + n_sequences
-    padded_dim = (dim + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK * CHANNEL_BLOCK
-    return batch, n_chunks, padded_dim, dstate
+    # the channels of each group begin with a block of their own
+    padded = (dim // groups + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK * CHANNEL_BLOCK
+    return batch, n_chunks, groups * padded, dstate
 
 
 def selective_scan_forward(
@@ -35,14 +35,9 @@ def selective_scan_forward(
     chunk_states: Tensor | None,
 ) -> None:
     """Run the scan."""
-    if cu_seqlens is not None:
-        if chunk_states is not None:
-            chunk_states.zero_()
-        for i, (start, stop, chunks, sequence) in enumerate(_sequences(inputs, cu_seqlens)):
-            kept = None if chunk_states is None else chunk_states[:, chunks]
-            selective_scan_forward(sequence, None, delta_softplus, out[:, :, start:stop], last_state[i : i + 1], kept)
-        return
-    torch.ops.ssmtune_native.selective_scan_fwd(*_scan_inputs(*inputs), delta_softplus, out, last_state, chunk_states)
+    torch.ops.ssmtune_native.selective_scan_fwd(
+        *_scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states
+    )
 
 
 def selective_scan_backward(
@@ -55,54 +50,15 @@ def selective_scan_backward(
     gradients: list[Tensor | None],
 ) -> None:
     """Run the scan backward."""
-    if cu_seqlens is not None:
-        for i, (start, stop, chunks, sequence) in enumerate(_sequences(inputs, cu_seqlens)):
-            own = []
-            for name, tensor, gradient in zip(_NAMES, inputs, gradients, strict=True):
-                if gradient is None:
-                    own.append(None)
-                elif name in ALONG_STEPS:
-                    own.append(gradient[..., start:stop])
-                elif has_rows(name, tensor):
-                    own.append(gradient[i : i + 1])
-                else:
-                    own.append(gradient if i == 0 else torch.empty_like(gradient))
-            selective_scan_backward(
-                None if dout is None else dout[:, :, start:stop],
-                None if dlast_state is None else dlast_state[i : i + 1],
-                sequence,
-                None,
-                chunk_states[:, chunks],
-                delta_softplus,
-                own,
-            )
-            for name, tensor, gradient, piece in zip(_NAMES, inputs, gradients, own, strict=True):
-                if i > 0 and gradient is not None and name not in ALONG_STEPS and not has_rows(name, tensor):
-                    gradient += piece
-        return
     torch.ops.ssmtune_native.selective_scan_bwd(
         _sequence(dout, inputs[0].dtype),
         _parameter(dlast_state),
         *_scan_inputs(*inputs),
+        cu_seqlens,
         chunk_states,
         delta_softplus,
         *gradients,
     )
-
-
-_NAMES = (
-    *("u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
-    *("initial_state", "state_offset", "output_offset"),
-)
-
-
-def _sequences(inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor):
-    bounds = cu_seqlens.tolist()
-    sequences = split_sequences(cu_seqlens, dict(zip(_NAMES, inputs, strict=True)))
-    for i, sequence in enumerate(sequences):
-        first = bounds[i] // CHUNK_SIZE + i
-        n_chunks = (bounds[i + 1] - bounds[i] + CHUNK_SIZE - 1) // CHUNK_SIZE
-        yield bounds[i], bounds[i + 1], slice(first, first + n_chunks), tuple(sequence.values())
 
 
 def selective_state_update(*args) -> Tensor:

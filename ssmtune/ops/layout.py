@@ -22,12 +22,12 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def dense_axis(x: Tensor) -> Tensor:
-    """Return `x` itself, or failing that a copy, with a stride of exactly 1 along dim or seqlen."""
-    if x.stride(1) == 1 or x.stride(2) == 1:
+    """Return `x` itself, or failing that a copy, with a stride of exactly 1 along one of its last two axes."""
+    if x.stride(-2) == 1 or x.stride(-1) == 1:
         return x
     # the stride of an axis of size 1 is arbitrary, and contiguous() need not repair it
-    if x.size(2) == 1:
-        return x.as_strided(x.shape, (x.stride(0), x.stride(1), 1))
+    if x.size(-1) == 1:
+        return x.as_strided(x.shape, (*x.stride()[:-1], 1))
     return x.contiguous()
 
 

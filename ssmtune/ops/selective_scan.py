@@ -11,8 +11,6 @@ _OPTIONAL = frozenset({"D", "z", "delta_bias", "initial_state", "state_offset", 
 _LAYOUTS = {
     "delta": (_AXES,),
     "z": (_AXES,),
-    "B": (("batch", "dstate", "seqlen"),),
-    "C": (("batch", "dstate", "seqlen"),),
     "D": (("dim",),),
     "delta_bias": (("dim",),),
 }
@@ -58,8 +56,8 @@ def selective_scan(
         u: (batch, dim, seqlen). The input, in float32, bfloat16 or float16; float64 runs on the reference.
         delta: (batch, dim, seqlen). The step, before `delta_bias` and softplus.
         A: (dim, dstate). Negative.
-        B: (batch, dstate, seqlen).
-        C: (batch, dstate, seqlen).
+        B: (batch, dstate, seqlen), or (batch, groups, dstate, seqlen): channel d reads group d // (dim / groups).
+        C: (batch, dstate, seqlen), or (batch, groups, dstate, seqlen) with the groups of B.
         D: (dim,).
         z: (batch, dim, seqlen). The gate.
         delta_bias: (dim,). Added to delta.
@@ -108,6 +106,7 @@ def selective_scan(
     for name, layouts in _LAYOUTS.items():
         why = "batch, dim and seqlen are those of u, dstate is that of A."
         arguments.check_shape(op, name, tensors[name], layouts, sizes, why)
+    arguments.check_groups(op, B, C, sizes)
     rows, why = "batch", "batch and dim are those of u, dstate is that of A."
     if cu_seqlens is not None:
         packing.check_cu_seqlens(op, "u", cu_seqlens, batch, seqlen, u.device)

@@ -27,7 +27,13 @@ def native_kernels() -> None:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """Return the same values in another memory layout: first, last, row-strided first or last, or dense nowhere."""
+    """Return the same values in another memory layout: first, last, row-strided first or last, or dense nowhere.
+
+    The axes between the first and the last count as one, as in a view of what a projection produces: (batch, groups,
+    dstate, seqlen) is laid out as (batch, groups * dstate, seqlen).
+    """
+    shape = x.shape
+    x = x.flatten(1, -2)
     batch, dim, seqlen = x.shape
     if layout == "last":
         target = x.new_zeros(batch, seqlen, dim).transpose(1, 2)
@@ -39,7 +45,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         target = x.new_zeros(batch, 2 * dim, 3 * seqlen)[:, ::2, ::3]
     else:
         target = x.new_zeros(batch, dim, seqlen)
-    return target.copy_(x)
+    return target.copy_(x).unflatten(1, shape[1:-1])
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +53,8 @@ def scan_inputs() -> Callable[..., dict[str, Tensor]]:
     """A factory of the tensors of a scan.
 
     `optional` names the optional tensors to make, `per_row` those with a row of their own for each of `rows` sequences,
-    by default the batch. Without `delta_softplus` the steps are positive already.
+    by default the batch; `groups` of B and C give them an axis more. Without `delta_softplus` the steps are positive
+    already.
     """
 
     def make(
@@ -59,6 +66,7 @@ def scan_inputs() -> Callable[..., dict[str, Tensor]]:
         optional=("D", "z", "delta_bias", "initial_state", "state_offset", "output_offset"),
         per_row=(),
         rows: int | None = None,
+        groups: int | None = None,
         layouts=None,
         delta_softplus: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -76,8 +84,8 @@ def scan_inputs() -> Callable[..., dict[str, Tensor]]:
             "u": normal(batch, dim, seqlen),
             "delta": 0.5 * normal(batch, dim, seqlen) - 1,
             "A": -torch.exp(0.5 * normal(dim, dstate)),
-            "B": normal(batch, dstate, seqlen),
-            "C": normal(batch, dstate, seqlen),
+            "B": normal(batch, *((groups,) if groups else ()), dstate, seqlen),
+            "C": normal(batch, *((groups,) if groups else ()), dstate, seqlen),
             "D": normal(dim),
             "z": normal(batch, dim, seqlen),
             "delta_bias": 0.5 * normal(dim),

@@ -113,7 +113,19 @@ WRONG = [
         "selective_scan",
         {"C": zeros(2, 1, DSTATE, SEQLEN)},
         ValueError,
-        ["C has shape (2, 1, 4, 5)", "Groups", "C.squeeze(1)"],
+        ["C has shape (2, 1, 4, 5)", "B (2, 4, 5)", "both with groups", "unsqueeze(1)"],
+    ),
+    (
+        "selective_scan",
+        {"B": zeros(2, 4, DSTATE, SEQLEN), "C": zeros(2, 4, DSTATE, SEQLEN)},
+        ValueError,
+        ["B has shape (2, 4, 4, 5)", "groups is 4, expected a divisor of dim = 6"],
+    ),
+    (
+        "selective_scan",
+        {"B": zeros(2, 3, DSTATE, SEQLEN), "C": zeros(2, 2, DSTATE, SEQLEN)},
+        ValueError,
+        ["C has shape (2, 2, 4, 5)", "(batch, groups, dstate, seqlen) = (2, 3, 4, 5)", "the groups of B"],
     ),
     (
         "selective_scan",

@@ -59,10 +59,11 @@ def test_opcheck_selective_scan_bwd(scan_inputs, backend):
         opcheck(torch.ops.ssmtune.selective_scan_bwd, args)
 
 
+@pytest.mark.parametrize("groups", [None, 5], ids=["no-groups", "5-groups"])
 @pytest.mark.parametrize("per_row", [(), ("initial_state", *OFFSETS)], ids=["shared", "per-sequence"])
-def test_opcheck_selective_scan_packed(scan_inputs, backend, per_row):
+def test_opcheck_selective_scan_packed(scan_inputs, backend, per_row, groups):
     cu_seqlens = torch.tensor([0, 1, 70, 75], dtype=torch.int32)
-    inputs = scan_inputs(1, 5, 75, 4, per_row=per_row, rows=3)
+    inputs = scan_inputs(1, 5, 75, 4, per_row=per_row, rows=3, groups=groups)
     args = (cu_seqlens, True, True, backend)
     out, last_state, chunk_states = torch.ops.ssmtune.selective_scan_fwd(*inputs.values(), *args)
     assert last_state.shape == (3, 5, 4)
@@ -82,9 +83,10 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.parametrize("groups", [None, 2], ids=["no-groups", "2-groups"])
 @pytest.mark.parametrize("trained", [INPUTS, OFFSETS], ids=["all", "offsets"])
-def test_compile_selective_scan(scan_inputs, backend, trained):
-    inputs = scan_inputs(2, 20, 70, 8)
+def test_compile_selective_scan(scan_inputs, backend, trained, groups):
+    inputs = scan_inputs(2, 20, 70, 8, groups=groups)
     for name in trained:
         inputs[name].requires_grad_()
 

@@ -1,5 +1,6 @@
 """selective_scan against the plain recurrence in float64: out, last_state and every gradient."""
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ssmtune.ops.reference import selective_scan_reference
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state", "state_offset", "output_offset")
 LAYOUTS = ("first", "last", "last", "first-strided", "last-strided", "odd")
-# the gradient of the initial state is a product of all decays, each rounded to float32: half an ulp a step is at most 2**-24
+# the gradient of the initial state is a product of all decays, each rounded to float32 by up to 2**-24
 ERROR_PER_STEP = {"dinitial_state": 2**-25}
 
 
@@ -26,11 +27,15 @@ class Case:
     layouts: tuple[tuple[str, str], ...]
     delta_softplus: bool
     loss: str
+    groups: int | None
+    lengths: tuple[int, ...] | None
 
     def __str__(self) -> str:
         sizes = "-".join(f"{letter}{size}" for letter, size in zip("BDLN", self.sizes, strict=True))
         flags = [name if name not in self.per_row else f"{name}*" for name in self.optional]
         flags += ["softplus"] if self.delta_softplus else []
+        flags += [f"groups{self.groups}"] if self.groups else []
+        flags += [f"packed{len(self.lengths)}"] if self.lengths else []
         return "-".join([f"{self.seed}", sizes, *flags, self.loss, str(self.dtype).removeprefix("torch.")])
 
 
@@ -38,20 +43,30 @@ def random_case(seed: int) -> Case:
     chance = random.Random(seed)
     batch, dim = chance.choice((1, 1, 2, 3)), chance.choice((1, 3, 8, 15, 16, 17, 20, 33, 48))
     seqlen, dstate = chance.choice((1, 2, 7, 31, 63, 64, 65, 100, 129)), chance.randint(1, 40)
+    dstate = chance.choice((8, 16, dstate, dstate))
+    if chance.random() < 0.1:
+        dim, dstate = min(dim, 17), chance.choice((64, 65, 100, 128, 128, 255, 256))
+    lengths = None
+    if chance.random() < 0.3:
+        lengths = tuple(chance.choice((1, 1, 2, 3, 17, 63, 64, 65, 130)) for _ in range(chance.randint(1, 5)))
+        batch, seqlen = 1, sum(lengths)
+    groups = chance.choice([n for n in range(1, dim + 1) if dim % n == 0]) if chance.random() < 0.3 else None
     optional = tuple(name for name in OPTIONAL if chance.random() < 0.6)
     return Case(
         seed=seed,
-        sizes=(batch, dim, seqlen, chance.choice((8, 16, dstate, dstate))),
+        sizes=(batch, dim, seqlen, dstate),
         dtype=chance.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16)),
         optional=optional,
         per_row=tuple(name for name in optional if name in OPTIONAL[3:] and chance.random() < 0.5),
         layouts=tuple((name, chance.choice(LAYOUTS)) for name in ("u", "delta", "B", "C", "z", "dout")),
         delta_softplus=chance.random() < 0.7,
         loss=chance.choice(("both", "both", "out", "last_state")),
+        groups=groups,
+        lengths=lengths,
     )
 
 
-CASES = [random_case(seed) for seed in range(120)]
+CASES = [random_case(seed) for seed in range(300)]
 
 
 def run(scan, inputs, case, dtype=None, **kwargs):
@@ -60,6 +75,8 @@ def run(scan, inputs, case, dtype=None, **kwargs):
         name: (tensor if dtype is None else tensor.to(dtype)).detach().requires_grad_()
         for name, tensor in inputs.items()
     }
+    if case.lengths:
+        kwargs["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(case.lengths)])
     out, last_state = scan(**inputs, delta_softplus=case.delta_softplus, **kwargs)
     generator = torch.Generator().manual_seed(case.seed)
     weights = {
@@ -101,12 +118,14 @@ def test_selective_scan(case, backend, scan_inputs, poison_empty):
         delta_softplus=case.delta_softplus,
         dtype=case.dtype,
         seed=case.seed,
+        groups=case.groups,
+        rows=len(case.lengths) if case.lengths else None,
     )
     exact, single_error = expected_results(case, inputs)
     actual = run(selective_scan, inputs, case, return_last_state=True, backend=backend)
 
     assert actual["out"].dtype == case.dtype and actual["last_state"].dtype == torch.float32
-    seqlen = case.sizes[2]
+    seqlen = max(case.lengths) if case.lengths else case.sizes[2]
     for name, value in actual.items():
         allowed = max(4 * single_error[name], 1e-6, ERROR_PER_STEP.get(name, 0) * seqlen)
         if value.dtype in (torch.bfloat16, torch.float16):
@@ -115,13 +134,14 @@ def test_selective_scan(case, backend, scan_inputs, poison_empty):
         assert_close(name, exact[name], value, allowed)
 
 
-def gradcheck_inputs(scan_inputs, per_row=()):
-    return scan_inputs(2, 3, 5, 4, dtype=torch.float64, per_row=per_row)
+def gradcheck_inputs(scan_inputs, per_row=(), groups=None):
+    return scan_inputs(2, 3 * (groups or 1), 5, 4, dtype=torch.float64, per_row=per_row, groups=groups)
 
 
+@pytest.mark.parametrize("groups", [None, 1, 2], ids=["no-groups", "1-group", "2-groups"])
 @pytest.mark.parametrize("per_row", [(), OPTIONAL[3:]], ids=["shared", "per-row"])
-def test_selective_scan_gradcheck(scan_inputs, per_row):
-    inputs = {name: tensor.requires_grad_() for name, tensor in gradcheck_inputs(scan_inputs, per_row).items()}
+def test_selective_scan_gradcheck(scan_inputs, per_row, groups):
+    inputs = {name: tensor.requires_grad_() for name, tensor in gradcheck_inputs(scan_inputs, per_row, groups).items()}
 
     def scan(*tensors):
         named = dict(zip(inputs, tensors, strict=True))
@@ -131,9 +151,10 @@ def test_selective_scan_gradcheck(scan_inputs, per_row):
 
 
 @pytest.mark.parametrize("wanted", [("state_offset",), ("output_offset",), ("D",), OPTIONAL[4:]], ids="-".join)
+@pytest.mark.parametrize("groups", [None, 2], ids=["no-groups", "2-groups"])
 @pytest.mark.parametrize("per_row", [(), OPTIONAL[3:]], ids=["shared", "per-row"])
-def test_selective_scan_gradcheck_without_scan(scan_inputs, wanted, per_row):
-    inputs = gradcheck_inputs(scan_inputs, per_row)
+def test_selective_scan_gradcheck_without_scan(scan_inputs, wanted, per_row, groups):
+    inputs = gradcheck_inputs(scan_inputs, per_row, groups)
 
     def scan(*tensors):
         return selective_scan(**{**inputs, **dict(zip(wanted, tensors, strict=True))}, delta_softplus=True)

@@ -275,22 +275,22 @@ void finish(const Workspace& w, int64_t block, const BlockRows& rows, bool has_d
 
 // The state before a chunk, for all padded states.
 const float* state_before(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t block,
-                          int64_t batch, int64_t chunk) {
-  if (chunk == 0 && w.first_state) return w.first_state + block * blocks.matrix_size();
-  const int64_t known = chunk > 0 ? p.dstate * kLanes : 0;
-  const float* const saved = chunk > 0 ? chunk_state(p, batch, chunk - 1, blocks.channel(block)) : nullptr;
+                          bool first, int64_t chunk) {
+  if (first && w.first_state) return w.first_state + block * blocks.matrix_size();
+  const int64_t known = first ? 0 : p.dstate * kLanes;
+  const float* const saved = first ? nullptr : blocks.chunk_state(p, chunk - 1, block);
   if (known == blocks.matrix_size()) return saved;
   copy(w.state_in, saved, known);
   fill_zero(w.state_in + known, blocks.matrix_size() - known);
   return w.state_in;
 }
 
-void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t batch, int64_t chunk,
-               float* dBC) {
-  const int64_t time = chunk * kChunk;
-  const int64_t steps = p.seqlen - time < kChunk ? p.seqlen - time : kChunk;
-  const StateRows B = state_rows(p, p.B, batch, time, steps, w.B);
-  const StateRows C = state_rows(p, p.C, batch, time, steps, w.C);
+// One chunk of a row from the step `time` on, kept as `chunk`.
+void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, const Row& row, int64_t time,
+               int64_t chunk, float* dBC) {
+  const int64_t steps = row.end - time < kChunk ? row.end - time : kChunk;
+  const StateRows B = state_rows(p, p.B, blocks.section(), row.batch, time, steps, w.B);
+  const StateRows C = state_rows(p, p.C, blocks.section(), row.batch, time, steps, w.C);
   if (dBC) {
     const int64_t sums = steps * p.padded_states() / kStates * kSumFloats;
     fill_zero(w.dB, sums);
@@ -299,7 +299,7 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
   const bool has_dz = p.dz.data != nullptr;
   const Scan scan = choose_scan(has_dz, w.offset, w.dA);
   for (int64_t i = 0; i < blocks.count(); ++i) {
-    const TilePosition at{batch, blocks.channel(i), blocks.lanes(i), time, steps};
+    const TilePosition at{row.batch, blocks.channel(i), blocks.lanes(i), time, steps};
     BlockRows rows{};
     rows.steps = steps;
     rows.u = input_rows(p.u, at, w.u);
@@ -312,10 +312,10 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
     prepare(p, w, blocks, i, rows);
 
     const int64_t matrix = i * blocks.matrix_size();
-    Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(at, i + 1, -kChunk));
+    Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(row, at, i + 1, -kChunk));
     Prefetch<3> outputs({&p.du, &p.ddelta, &p.dz}, at);
     scan({steps, p.padded_states(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C,
-          state_before(p, w, blocks, i, batch, chunk), w.carry + matrix, w.dA ? w.dA + matrix : nullptr, &inputs, &outputs},
+          state_before(p, w, blocks, i, time == row.begin, chunk), w.carry + matrix, w.dA ? w.dA + matrix : nullptr, &inputs, &outputs},
          w);
 
     finish(w, i, rows, has_dz);
@@ -339,7 +339,7 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
   const FlushSubnormals flush;
   Arena arena(scratch);
   const Workspace w(p, arena);
-  const ChannelBlocks blocks(p, p.partition.channel_begin(task), p.partition.channel_end(task));
+  const ChannelBlocks blocks(p, task);
   const int64_t vector_floats = blocks.count() * kLanes, matrix_floats = blocks.count() * blocks.matrix_size();
   const int64_t group = p.partition.group(task);
   for (float* sum : {w.dA, w.dinitial_state, w.doffset}) {
@@ -351,41 +351,44 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
   blocks.pack_vector(p.delta_bias, w.delta_bias);
 
   const int64_t first_row = p.partition.batch_begin(task);
-  for (int64_t batch = first_row; batch < p.partition.batch_end(task); ++batch) {
-    const bool first = batch == first_row;
+  for (int64_t r = first_row; r < p.partition.batch_end(task); ++r) {
+    const bool first = r == first_row;
     if (w.offset && (first || p.state_offset.batch_stride)) {
-      blocks.pack_matrix(p.state_offset.data + batch * p.state_offset.batch_stride, w.offset);
+      blocks.pack_matrix(p.state_offset.data + r * p.state_offset.batch_stride, w.offset);
     }
     if (first || p.output_offset.batch_stride) {
       const float* const offset = p.output_offset.data;
-      blocks.pack_vector(offset ? offset + batch * p.output_offset.batch_stride : nullptr, w.output_offset);
+      blocks.pack_vector(offset ? offset + r * p.output_offset.batch_stride : nullptr, w.output_offset);
     }
     if (w.first_state && (first || p.initial_state.batch_stride)) {
-      blocks.pack_matrix(p.initial_state.data + batch * p.initial_state.batch_stride, w.first_state);
+      blocks.pack_matrix(p.initial_state.data + r * p.initial_state.batch_stride, w.first_state);
     }
     if (p.dlast_state) {
-      blocks.pack_matrix(p.dlast_state + batch * p.dim * p.dstate, w.carry);
+      blocks.pack_matrix(p.dlast_state + r * p.dim * p.dstate, w.carry);
     } else {
       fill_zero(w.carry, matrix_floats);
     }
 
+    const Row row = p.row(r);
     float* dBC = p.dBC;
-    if (dBC) dBC += (batch * p.partition.ranges + p.partition.range(task)) * p.seqlen * 2 * p.padded_states();
-    for (int64_t chunk = p.chunks() - 1; chunk >= 0; --chunk) run_chunk(p, w, blocks, batch, chunk, dBC);
+    if (dBC) dBC += (row.batch * p.partition.ranges + p.partition.range(task)) * p.seqlen * 2 * p.padded_states();
+    for (int64_t chunk = (row.end - row.begin - 1) / kChunk; chunk >= 0; --chunk) {
+      run_chunk(p, w, blocks, row, row.begin + chunk * kChunk, p.first_chunk(r) + chunk, dBC);
+    }
 
     if (p.dinitial_state.data) {
       if (p.dinitial_state.batch_stride) {
-        blocks.unpack_matrix(w.carry, p.dinitial_state.data + batch * p.dinitial_state.batch_stride);
+        blocks.unpack_matrix(w.carry, p.dinitial_state.data + r * p.dinitial_state.batch_stride);
       } else {
         add(w.dinitial_state, w.carry, matrix_floats);
       }
     }
     if (p.dstate_offset.batch_stride) {
-      blocks.unpack_matrix(w.doffset, p.dstate_offset.data + batch * p.dstate_offset.batch_stride);
+      blocks.unpack_matrix(w.doffset, p.dstate_offset.data + r * p.dstate_offset.batch_stride);
       fill_zero(w.doffset, matrix_floats);
     }
     if (p.doutput_offset.batch_stride) {
-      blocks.unpack_vector(w.doutput_offset, p.doutput_offset.data + batch * p.doutput_offset.batch_stride);
+      blocks.unpack_vector(w.doutput_offset, p.doutput_offset.data + r * p.doutput_offset.batch_stride);
       fill_zero(w.doutput_offset, vector_floats);
     }
   }

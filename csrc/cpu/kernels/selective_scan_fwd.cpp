@@ -98,67 +98,67 @@ void finish(const Workspace& w, const Rows<const float>& z, bool has_z, const Ro
   }
 }
 
-void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t batch, int64_t chunk) {
-  const int64_t time = chunk * kChunk;
-  const int64_t steps = p.seqlen - time < kChunk ? p.seqlen - time : kChunk;
-  const StateRows B = state_rows(p, p.B, batch, time, steps, w.B);
-  const StateRows C = state_rows(p, p.C, batch, time, steps, w.C);
+// One chunk of a row from the step `time` on, kept as `chunk`.
+void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, const Row& row, int64_t time,
+               int64_t chunk) {
+  const int64_t steps = row.end - time < kChunk ? row.end - time : kChunk;
+  const StateRows B = state_rows(p, p.B, blocks.section(), row.batch, time, steps, w.B);
+  const StateRows C = state_rows(p, p.C, blocks.section(), row.batch, time, steps, w.C);
   for (int64_t i = 0; i < blocks.count(); ++i) {
-    const TilePosition at{batch, blocks.channel(i), blocks.lanes(i), time, steps};
+    const TilePosition at{row.batch, blocks.channel(i), blocks.lanes(i), time, steps};
     const Rows<float> out = output_rows(p.out, at, w.out);
     prepare(p, w, blocks, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), steps);
     float* const state = w.state + i * blocks.matrix_size();
     const float* const offset = w.offset ? w.offset + i * blocks.matrix_size() : nullptr;
-    Prefetch<4> next({&p.u, &p.delta, &p.z, &p.out}, blocks.next_tile(at, i + 1, kChunk));
+    Prefetch<4> next({&p.u, &p.delta, &p.z, &p.out}, blocks.next_tile(row, at, i + 1, kChunk));
     const Tile tile{steps, w.A + i * blocks.matrix_size(), offset, B, C, w.dt, w.dtu, w.y, state, &next};
     if (w.offset) {
       scan<true>(tile, p.padded_states());
     } else {
       scan<false>(tile, p.padded_states());
     }
-    if (p.chunk_states) copy(chunk_state(p, batch, chunk, at.channel), state, p.dstate * kLanes);
+    if (p.chunk_states) copy(blocks.chunk_state(p, chunk, i), state, p.dstate * kLanes);
     const bool has_z = p.z.data != nullptr;
     const Rows<const float> z = has_z ? input_rows(p.z, at, w.z) : Rows<const float>{};
     finish(w, z, has_z, out, steps);
     finish_rows(p.out, at, out);
   }
-  // Channels of the padding that no block covers: a result holds no memory left unwritten.
-  const int64_t covered = blocks.channel(blocks.count()), padded = round_up(p.dim, kChannelPadding);
-  if (p.chunk_states && covered >= p.dim && covered < padded) {
-    fill_zero(chunk_state(p, batch, chunk, covered), (padded - covered) * p.dstate);
-  }
+  if (p.chunk_states) blocks.clear_padding(p, chunk);
 }
 
 void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
   const FlushSubnormals flush;
   Arena arena(scratch);
   const Workspace w(p, arena);
-  const ChannelBlocks blocks(p, p.partition.channel_begin(task), p.partition.channel_end(task));
+  const ChannelBlocks blocks(p, task);
   const int64_t matrix_floats = blocks.count() * blocks.matrix_size();
   blocks.pack_decay(p.A, w.A, w.smallest_decay, w.largest_decay);
   blocks.pack_vector(p.D, w.D);
   blocks.pack_vector(p.delta_bias, w.delta_bias);
 
   const int64_t first_row = p.partition.batch_begin(task);
-  for (int64_t batch = first_row; batch < p.partition.batch_end(task); ++batch) {
-    const bool first = batch == first_row;
+  for (int64_t r = first_row; r < p.partition.batch_end(task); ++r) {
+    const bool first = r == first_row;
     if (w.offset && (first || p.state_offset.batch_stride)) {
-      blocks.pack_matrix(p.state_offset.data + batch * p.state_offset.batch_stride, w.offset);
+      blocks.pack_matrix(p.state_offset.data + r * p.state_offset.batch_stride, w.offset);
     }
     if (first || p.output_offset.batch_stride) {
       const float* const offset = p.output_offset.data;
-      blocks.pack_vector(offset ? offset + batch * p.output_offset.batch_stride : nullptr, w.output_offset);
+      blocks.pack_vector(offset ? offset + r * p.output_offset.batch_stride : nullptr, w.output_offset);
     }
     if (w.first_state) {
       if (first || p.initial_state.batch_stride) {
-        blocks.pack_matrix(p.initial_state.data + batch * p.initial_state.batch_stride, w.first_state);
+        blocks.pack_matrix(p.initial_state.data + r * p.initial_state.batch_stride, w.first_state);
       }
       copy(w.state, w.first_state, matrix_floats);
     } else {
       fill_zero(w.state, matrix_floats);
     }
-    for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) run_chunk(p, w, blocks, batch, chunk);
-    blocks.unpack_matrix(w.state, p.last_state + batch * p.dim * p.dstate);
+    const Row row = p.row(r);
+    int64_t chunk = p.first_chunk(r);
+    for (int64_t time = row.begin; time < row.end; time += kChunk) run_chunk(p, w, blocks, row, time, chunk++);
+    if (p.chunk_states && chunk < p.first_chunk(r + 1)) blocks.clear_chunk(p, chunk);
+    blocks.unpack_matrix(w.state, p.last_state + r * p.dim * p.dstate);
   }
 }
 
