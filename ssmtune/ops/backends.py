@@ -6,7 +6,8 @@ for by name, as an argument, by `with backend(...)` or through SSMTUNE_BACKEND, 
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,11 +28,15 @@ logger = logging.getLogger("ssmtune")
 
 
 class Call(NamedTuple):
-    """What a backend must know of a call to take or refuse it."""
+    """What a backend must know of a call to take or refuse it.
+
+    `refusals` holds what the operator found out itself: reasons why backends cannot take its arguments.
+    """
 
     device: str
     dtype: torch.dtype
     asked_by_name: bool
+    refusals: Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,26 @@ def _triton_accepts(call: Call) -> str | None:
     return f"the Triton kernels take tensors on cuda, got tensors on {call.device}"
 
 
+# torch.compile cannot trace the import system
+@torch.compiler.assume_constant_result
+def _conv_package_is_there() -> bool:
+    return "causal_conv1d" in sys.modules or find_spec("causal_conv1d") is not None
+
+
+def _cuda_available() -> str | None:
+    if not torch.cuda.is_available():
+        return _no_gpu()
+    if _conv_package_is_there():
+        return None
+    return "the package causal_conv1d is not installed; pip install --no-build-isolation causal-conv1d"
+
+
+def _cuda_accepts(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"the CUDA kernels take tensors on cuda, got tensors on {call.device}"
+    return None if call.dtype in KERNEL_DTYPES else _wrong_dtype("CUDA", call)
+
+
 def _cpu_accepts(call: Call) -> str | None:
     if call.device != "cpu":
         return f"the CPU kernels take tensors on cpu, got tensors on {call.device}"
@@ -99,7 +124,14 @@ def _wrong_dtype(title: str, call: Call) -> str:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "CUDA", None, (), _no_gpu, lambda call: None),
+        Backend(
+            "cuda",
+            "CUDA",
+            "ssmtune.ops.causal_conv1d_package",
+            ("causal_conv1d", "causal_conv1d_update"),
+            _cuda_available,
+            _cuda_accepts,
+        ),
         Backend(
             "triton",
             "Triton",
@@ -120,6 +152,7 @@ BACKENDS = {
     )
 }
 
+_NO_REFUSALS: Mapping[str, str | None] = {}
 # a plain variable and not a ContextVar, which torch.compile cannot trace
 _wish: str | None = None
 _logged: set[tuple[str, str, str]] = set()
@@ -164,8 +197,14 @@ def available_backends(op: str) -> dict[str, str | None]:
     return {name: backend.why_not(op) for name, backend in BACKENDS.items()}
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, wish: str | None = None) -> str:
-    """Name the backend that runs a call.
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    wish: str | None = None,
+    refusals: Mapping[str, str | None] = _NO_REFUSALS,
+) -> str:
+    """Name the backend that runs a call; `refusals` are reasons why backends cannot take its arguments, by name.
 
     Raises:
         RuntimeError: the backend that was asked for cannot run the call.
@@ -178,9 +217,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, wish: str | None =
     else:
         wish = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         _check_name(wish, f"{ENVIRONMENT_VARIABLE}: ")
-    call = Call(device.type, dtype, wish != "auto")
+    call = Call(device.type, dtype, wish != "auto", refusals)
     if wish != "auto":
-        reason = BACKENDS[wish].why_not(op) or BACKENDS[wish].accepts(call)
+        reason = BACKENDS[wish].why_not(op) or BACKENDS[wish].accepts(call) or refusals.get(wish)
         if reason is not None:
             # a reason of several lines ends with what to do
             remedy = "" if "\n" in reason else f"\n  Ask for auto, or for one of ssmtune.available_backends({op!r})."
@@ -189,7 +228,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, wish: str | None =
             )
         return wish
     for backend in BACKENDS.values():
-        if op in backend.operators and backend.accepts(call) is None and backend.available() is None:
+        if op not in backend.operators or backend.accepts(call) is not None or refusals.get(backend.name) is not None:
+            continue
+        if backend.available() is None:
             if not torch.compiler.is_compiling():
                 _log(op, call, backend.name)
             return backend.name

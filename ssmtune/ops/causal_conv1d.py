@@ -4,7 +4,7 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
-from ssmtune.ops import arguments, backends
+from ssmtune.ops import arguments, backends, causal_conv1d_package
 from ssmtune.ops.causal_conv1d_op import causal_conv1d_fwd
 from ssmtune.ops.packing import check_cu_seqlens
 
@@ -72,11 +72,15 @@ def causal_conv1d(
     why = "batch and dim are those of x, width is that of weight, n_sequences that of cu_seqlens."
     arguments.check_shape(op, "initial_states", initial_states, ((rows, "dim", "width - 1"),), sizes, why)
 
-    name = backends.choose(op, x.device, x.dtype, backend)
-    out, final_states = causal_conv1d_fwd(
-        *tensors.values(), cu_seqlens, activation is not None, bool(return_final_states), name
-    )
-    return (out, final_states) if return_final_states else out
+    final = bool(return_final_states)
+    refusals = {}
+    if x.is_cuda:
+        refusals["cuda"] = causal_conv1d_package.why_not(x, weight, initial_states, final, cu_seqlens)
+    name = backends.choose(op, x.device, x.dtype, backend, refusals)
+    if name == "cuda":
+        return causal_conv1d_package.causal_conv1d(*tensors.values(), cu_seqlens, activation is not None, final)
+    out, final_states = causal_conv1d_fwd(*tensors.values(), cu_seqlens, activation is not None, final, name)
+    return (out, final_states) if final else out
 
 
 def check_activation(op: str, activation: str | None) -> None:

@@ -1,0 +1,125 @@
+"""The package causal_conv1d as a backend, with a stand-in that records how it is called."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ssmtune
+from ssmtune.ops import backends, causal_conv1d_package
+from ssmtune.ops.causal_conv1d_package import why_not, why_not_update
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A module with the functions of the package, which remembers their arguments; and a GPU to run them."""
+    calls = []
+
+    def record(*args, **kwargs):
+        calls.append((args, kwargs))
+        return "result"
+
+    module = SimpleNamespace(causal_conv1d_fn=record, causal_conv1d_update=record, calls=calls)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return module
+
+
+def last(x):
+    return x.mT.contiguous().mT
+
+
+def test_arguments_of_the_package(package):
+    x, weight, bias = last(torch.randn(2, 16, 9)).bfloat16(), torch.randn(16, 4), torch.randn(16).double()
+    states = torch.randn(2, 16, 3)
+    assert causal_conv1d_package.causal_conv1d(x, weight, bias, states, None, True, True) == "result"
+    (args, kwargs), *_ = package.calls
+    assert args[0] is x and args[1] is weight
+    assert args[2].dtype == weight.dtype and torch.equal(args[2], bias.float())
+    given = kwargs.pop("initial_states")
+    assert given.stride(1) == 1 and torch.equal(given, states.bfloat16())
+    assert kwargs == {"seq_idx": None, "return_final_states": True, "activation": "silu"}
+
+
+def test_packed_sequences_are_numbered(package):
+    x, weight = last(torch.randn(1, 16, 9)), torch.randn(16, 4)
+    causal_conv1d_package.causal_conv1d(x, weight, None, None, torch.tensor([0, 2, 9]), False, False)
+    (args, kwargs), *_ = package.calls
+    assert args[2] is None and kwargs["activation"] is None
+    expected = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.int32)
+    assert kwargs["seq_idx"].dtype == torch.int32 and torch.equal(kwargs["seq_idx"], expected)
+    with pytest.raises(ValueError, match="cu_seqlens ends with 8"):
+        causal_conv1d_package.causal_conv1d(x, weight, None, None, torch.tensor([0, 2, 8]), False, False)
+
+
+def test_update(package):
+    x, state, weight = torch.randn(2, 16), torch.randn(2, 16, 3), torch.randn(16, 4).half()
+    assert causal_conv1d_package.causal_conv1d_update(x, state, weight, torch.randn(16), True) == "result"
+    (args, kwargs), *_ = package.calls
+    assert args[0] is x and args[1] is state and args[2] is weight and args[3].dtype == torch.float16
+    assert kwargs == {"activation": "silu"}
+
+
+def test_calls_that_fit():
+    x, weight, states, bounds = torch.randn(1, 16, 9), torch.randn(16, 4), torch.randn(1, 16, 3), torch.tensor([0, 9])
+    assert why_not(x, weight, None, False, None) is None
+    assert why_not(torch.randn(1, 17, 9), torch.randn(17, 2), None, False, None) is None
+    for arguments in ((states, False, None), (None, True, None), (states, True, None), (None, False, bounds)):
+        assert why_not(last(x), weight, *arguments) is None
+        assert "in channels-last memory only" in why_not(x, weight, *arguments)
+    assert why_not_update(x[:, :, 0], states, weight) is None
+
+
+def test_calls_that_do_not_fit():
+    x, weight, states, bounds = torch.randn(1, 16, 9), torch.randn(16, 4), torch.randn(1, 16, 3), torch.tensor([0, 9])
+    for width in (1, 5):
+        assert f"widths of 2 to 4, got {width}" in why_not(x, torch.randn(16, width), None, False, None)
+        assert f"got {width}" in why_not_update(x[:, :, 0], states, torch.randn(16, width))
+    assert "float16, got torch.float64" in why_not(x, weight.double(), None, False, None)
+    assert "multiples of 8 channels, got 12" in why_not(last(x[:, :12]), weight[:12], None, False, None)
+    for arguments in ((states, False, bounds), (None, True, bounds)):
+        assert "no states of packed sequences" in why_not(last(x), weight, *arguments)
+    assert "3 steps or more, got 2" in why_not(last(x[:, :, :2]), weight, None, True, None)
+    assert "in the dtype of x, torch.bfloat16, got torch.float32" in why_not_update(
+        x[:, :, 0].bfloat16(), states, weight
+    )
+
+
+def test_choice(package):
+    for op in ("causal_conv1d", "causal_conv1d_update"):
+        assert ssmtune.available_backends(op)["cuda"] is None
+        assert backends.choose(op, CUDA, torch.bfloat16) == "cuda"
+        assert backends.choose(op, CUDA, torch.bfloat16, None, {"cuda": None}) == "cuda"
+        assert backends.choose(op, CUDA, torch.bfloat16, None, {"cuda": "no room"}) == "reference"
+        assert backends.choose(op, CUDA, torch.float64) == "reference"
+        with pytest.raises(RuntimeError, match="backend 'cuda' was requested but cannot run: no room."):
+            backends.choose(op, CUDA, torch.float32, "cuda", {"cuda": "no room"})
+        with pytest.raises(RuntimeError, match="take tensors on cuda, got tensors on cpu"):
+            backends.choose(op, torch.device("cpu"), torch.float32, "cuda")
+
+
+def test_without_the_package(package, monkeypatch):
+    monkeypatch.delitem(sys.modules, "causal_conv1d")
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    reason = ssmtune.available_backends("causal_conv1d")["cuda"]
+    assert reason.startswith("the package causal_conv1d is not installed; pip install")
+    assert backends.choose("causal_conv1d", CUDA, torch.float32) == "reference"
+    with pytest.raises(RuntimeError, match="the package causal_conv1d is not installed"):
+        backends.choose("causal_conv1d", CUDA, torch.float32, "cuda")
+
+
+@pytest.mark.gpu
+def test_package_on_a_gpu():
+    pytest.importorskip("causal_conv1d")
+    x = last(torch.randn(2, 64, 50, device="cuda")).requires_grad_()
+    weight, bias = torch.randn(64, 4, device="cuda"), torch.randn(64, device="cuda")
+    results = []
+    for name in ("cuda", "reference"):
+        out, states = ssmtune.causal_conv1d(x, weight, bias, activation="silu", return_final_states=True, backend=name)
+        (gradient,) = torch.autograd.grad(out.sum() + 2 * states.sum(), x)
+        results.append((out, states, gradient))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
