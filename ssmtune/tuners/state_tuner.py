@@ -39,7 +39,9 @@ class StateTunerModel(BaseTuner):
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+    def inject_adapter(
+        self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
+    ) -> None:
         # Its parameters are attributes of this name, beside those that torch gives a dict of parameters.
         if "." in adapter_name or not adapter_name or hasattr(nn.ParameterDict(), adapter_name):
             self.peft_config.pop(adapter_name, None)
@@ -47,7 +49,10 @@ class StateTunerModel(BaseTuner):
                 f"{adapter_name!r} cannot be the name of an adapter: torch has no parameter of such a name.\n"
                 "  Pass another adapter_name, without dots."
             )
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if state_dict is not None:
+            # peft takes what a key says before the prefix for the module to adapt: here its child.
+            state_dict = {key.replace(f".{self.child_name}.", "."): tensor for key, tensor in state_dict.items()}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         install_packing(model)
 
     def _prepare_adapter_config(self, peft_config: StateTunerConfig, model_config: dict) -> StateTunerConfig:
