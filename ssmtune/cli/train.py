@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 inte
 """
 
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
@@ -43,6 +47,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--data", dest="data.path", metavar="PATH", help=help_of("data.path"))
     parser.add_argument("--out", metavar="DIR", help=help_of("out"))
     parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
+    parser.add_argument("--log", choices=TRACKERS, help="follow the run in this program too; it has to be installed")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with the memory, and stop")
@@ -58,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmtune.run_directory import RunDirectory, write_whole
 
     directory = RunDirectory(Path(config.out))
+    tracker = _tracker(args.log, directory.path)
     keep_freed_memory()
     first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun or accelerate launch
     if first and not args.dry_run:
@@ -97,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 directory.path,
                 max_length=config.data.max_length,
                 evaluation=config.eval,
+                callbacks=tracker,
                 resume=args.resume,
                 progress=first and not args.quiet,
             )
@@ -110,6 +117,22 @@ def run(args: argparse.Namespace) -> int:
     if first:
         _print_report(directory, result)
     return 0
+
+
+def _tracker(name: str | None, out: Path) -> list:
+    """The callback of transformers that follows a run in another program; none without a name."""
+    if name is None:
+        return []
+    if find_spec(name) is None:
+        raise ConfigError(
+            f"--log {name} was given, but {name} is not installed.\n"
+            "  metrics.jsonl and loss.png in the run directory are written in any case.\n"
+            f"  Run `pip install {name}`, or leave --log out."
+        )
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "tensorboard"))
+    return [callback() for callback in get_reporting_integration_callbacks([name])]
 
 
 def _load_data(config: RunConfig) -> tuple[list, list]:

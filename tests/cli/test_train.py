@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from ssmtune.cli.main import main
 
@@ -41,6 +42,27 @@ def test_train_fills_a_run_directory_and_says_what_is_next(command, tmp_path, ca
     assert json.loads((out / "summary.json").read_text())["result"]["steps"] == 6
     stored = yaml.safe_load((out / "config.yaml").read_text())
     assert stored["train"]["lr"] == 5e-3 and stored["method"]["name"] == "state-offset"
+
+
+def test_log_follows_the_run_in_another_program(command, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            seen.append((state.global_step, logs))
+
+    monkeypatch.setattr("ssmtune.cli.train.find_spec", lambda name: name)
+    monkeypatch.setattr("transformers.integrations.get_reporting_integration_callbacks", lambda names: [Recorder])
+    assert main([*command, "--log", "trackio", "--out", str(tmp_path / "run")]) == 0
+    assert [step for step, logs in seen if "loss" in logs] == [2, 4, 6]
+    assert any("dev_loss" in logs for _, logs in seen)
+
+
+def test_log_that_is_not_installed_says_so_before_the_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ssmtune.cli.train.find_spec", lambda name: None)
+    out = tmp_path / "run"
+    assert main([*command, "--log", "wandb", "--out", str(out)]) == 2
+    assert "wandb is not installed" in capsys.readouterr().err and not out.exists()
 
 
 def test_stored_configuration_gives_the_same_run(command, tmp_path, capsys):
