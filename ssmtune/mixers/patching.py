@@ -22,6 +22,7 @@ _PATCHED_CLASSES = {
         "ssmtune.mixers.falcon_mamba.PatchedFalconMambaMixer"
     ),
     "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "ssmtune.mixers.jamba.PatchedJambaMambaMixer",
+    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "ssmtune.mixers.zamba.PatchedZambaMambaMixer",
 }
 
 

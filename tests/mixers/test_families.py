@@ -23,7 +23,7 @@ PROJECTION_BIAS = {
 KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 
 
-@pytest.fixture(params=["falcon_mamba", "jamba"])
+@pytest.fixture(params=MIXERS)
 def family(request):
     return request.param
 
@@ -96,6 +96,9 @@ def test_forward_and_gradients_equal_transformers(make_pair, tokens, assert_clos
         ("falcon_mamba", {"use_conv_bias": False, "conv_kernel": 3}),
         ("jamba", {"mamba_proj_bias": True, "mamba_conv_bias": False}),
         ("jamba", {"mamba_d_conv": 2, "mamba_expand": 3, "rms_norm_eps": 0.1}),
+        ("zamba", {"n_mamba_heads": 1}),
+        ("zamba", {"n_mamba_heads": 4, "mamba_proj_bias": True, "mamba_d_conv": 2}),
+        ("zamba", {"mamba_expand": 3, "mamba_conv_bias": False, "hidden_mamba_act": "gelu"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
