@@ -35,6 +35,13 @@ def test_every_field_has_help(config_cls):
         ({"alpha": 8}, "alpha=8 was given without a rank"),
         ({"rank": 2, "alpha": 0}, "alpha must be a positive number, got 0"),
         ({"rank": 2, "alpha": float("nan")}, "alpha must be a positive number, got nan"),
+        ({"dropout": 0.1}, "dropout=0.1 was given without a rank"),
+        ({"rank": 2, "dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"rank": 2, "dropout": -0.1}, "got -0.1"),
+        ({"rank": 2, "dropout": "0.1"}, "got '0.1'"),
+        ({"reparametrize": 0}, "reparametrize must be None or an integer of at least 1, got 0"),
+        ({"reparametrize": True}, "got True"),
+        ({"reparametrize": 8, "rank": 2}, "reparametrize=8 does not go with rank=2"),
         ({"layers_pattern": "layers"}, "without layers_to_transform"),
         ({"layers_to_transform": [0], "target_modules": r".*mixer"}, "regular expression"),
         ({"task_type": "CAUSAL"}, "Invalid task type"),
@@ -53,9 +60,10 @@ def test_wrong_values_are_errors_that_say_what_to_do(kwargs, message):
     [
         StateOffsetConfig(target="y", target_modules=["mixer"], layers_to_transform=[0, 2]),
         StateOffsetConfig(rank=4, alpha=8, exclude_modules=["0.mixer"], modules_to_save=["lm_head"]),
-        InitialStateConfig(rank=2, task_type="CAUSAL_LM"),
+        InitialStateConfig(rank=2, dropout=0.1, task_type="CAUSAL_LM"),
+        InitialStateConfig(conv_state=True),
     ],
-    ids=["y", "rank", "initial"],
+    ids=["y", "rank", "initial", "conv"],
 )
 def test_save_and_load(config, tmp_path):
     config.save_pretrained(tmp_path)

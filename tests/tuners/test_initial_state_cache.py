@@ -89,6 +89,18 @@ def test_the_state_alone_leaves_the_convolution_at_zero(base, tokenizer, prompts
     assert 1e-3 < (logits(model, prompts) - expected).abs().mean() < without
 
 
+def test_a_rank_gets_the_nearest_states_of_it(base, tokenizer):
+    model = get_peft_model(base, InitialStateConfig())
+    initial_state_from_text(model, tokenizer, TEXT)
+    model.add_adapter("low", InitialStateConfig(rank=2, alpha=6))
+    initial_state_from_text(model, tokenizer, TEXT, "low")
+    for layer in (m for m in model.modules() if isinstance(m, InitialStateLayer)):
+        U, S, Vh = torch.linalg.svd(layer.value("h", "default").detach(), full_matrices=False)
+        nearest = U[:, :2] * S[:2] @ Vh[:2]
+        torch.testing.assert_close(layer.value("h", "low"), nearest, rtol=1e-4, atol=1e-5)
+        assert (nearest - layer.value("h", "default")).abs().max() > 1e-3
+
+
 def test_modes_and_gradients_are_as_before(base, tokenizer):
     model = get_peft_model(base, InitialStateConfig(**EXACT)).train()
     model.get_submodule("base_model.model.backbone.layers.1").eval()
