@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.func import functional_call
 
@@ -38,6 +39,33 @@ class StateTunerModel(BaseTuner):
                 "  Methods beside each other share one list of names. Pass another adapter_name."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        self.peft_config = self.peft_config
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs of all methods of the model, which share one dict."""
+        known = self.__dict__.get("_configs")
+        if known is None:
+            return self.model.peft_config
+        if not hasattr(self.model, "peft_config"):
+            # peft takes it away with the first method that is merged or unloaded.
+            self._share_configs_of_those_left()
+        return known
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, PeftConfig]) -> None:
+        self._configs = configs
+
+    def _own_configs(self) -> dict[str, StateTunerConfig]:
+        return {name: c for name, c in self.peft_config.items() if f"{c.peft_type.value.lower()}_" == self.prefix}
+
+    def _share_configs_of_those_left(self) -> None:
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        left = {name for layer in layers for name in layer._all_available_adapter_names()}
+        if left:
+            for name in set(self._configs) - left:
+                del self._configs[name]
+            self.model.peft_config = self._configs
 
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
@@ -129,7 +157,18 @@ class StateTunerModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         self.remove_layers(self.model)
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        # Other methods stay: peft would take them out as well.
+        own = self._own_configs()
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                active = [name for name in module.active_adapters if name not in own]
+                for name in own:
+                    module.delete_adapter(name, new_active_adapters=active)
+        for name in own:
+            del self.peft_config[name]
+        return self.model
 
     @classmethod
     def remove_layers(cls, model: nn.Module, unused_only: bool = False) -> None:
@@ -185,7 +224,7 @@ class StateTunerModel(BaseTuner):
                 layer.assign_sum(adapters, weights, adapter_name)
 
     def _check_weighted(self, adapters, weights, adapter_name, combination_type) -> list[StateTunerConfig]:
-        own = {name: c for name, c in self.peft_config.items() if f"{c.peft_type.value.lower()}_" == self.prefix}
+        own = self._own_configs()
         unknown = [name for name in adapters if name not in own]
         if unknown or not adapters:
             raise ValueError(
