@@ -41,7 +41,8 @@ class Case:
 
 def random_case(seed: int) -> Case:
     chance = random.Random(seed)
-    batch, dim = chance.choice((1, 1, 2, 3)), chance.choice((1, 3, 8, 15, 16, 17, 20, 33, 48))
+    # not a single channel: a gradient of one number may cancel to almost nothing, and is then no scale for its error
+    batch, dim = chance.choice((1, 1, 2, 3)), chance.choice((3, 5, 8, 15, 16, 17, 20, 33, 48))
     seqlen, dstate = chance.choice((1, 2, 7, 31, 63, 64, 65, 100, 129)), chance.randint(1, 40)
     dstate = chance.choice((8, 16, dstate, dstate))
     if chance.random() < 0.1:

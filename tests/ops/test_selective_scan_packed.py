@@ -70,9 +70,10 @@ def test_sequences_do_not_see_each_other(scan_inputs, backend):
     assert not torch.equal(states[1], changed_states[1])
 
 
-def test_grouped_is_group_by_group(scan_inputs, backend):
-    # channels 0 to 3 read the first group of B and C, 4 to 7 the second, and so on
-    dim, groups = 20, 5
+@pytest.mark.parametrize("groups", [1, 5, 20])
+def test_grouped_is_group_by_group(scan_inputs, backend, groups):
+    # of 5 groups, channels 0 to 3 read the first group of B and C, 4 to 7 the second, and so on
+    dim = 20
     inputs = {name: x.requires_grad_() for name, x in scan_inputs(2, dim, 70, 8, groups=groups).items()}
     whole = run(inputs, backend=backend)
     pieces = []
