@@ -38,7 +38,13 @@ class StateTunerModel(BaseTuner):
                 f"the model already has an adapter named {adapter_name!r}, of the method {known.peft_type.value}.\n"
                 "  Methods beside each other share one list of names. Pass another adapter_name."
             )
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            # By now it may stand among those of another method of this model.
+            if known is None:
+                getattr(model, "peft_config", {}).pop(adapter_name, None)
+            raise
         self.peft_config = self.peft_config
 
     @property
@@ -72,7 +78,6 @@ class StateTunerModel(BaseTuner):
     ) -> None:
         # Its parameters are attributes of this name, beside those that torch gives a dict of parameters.
         if "." in adapter_name or not adapter_name or hasattr(nn.ParameterDict(), adapter_name):
-            self.peft_config.pop(adapter_name, None)
             raise ValueError(
                 f"{adapter_name!r} cannot be the name of an adapter: torch has no parameter of such a name.\n"
                 "  Pass another adapter_name, without dots."

@@ -109,6 +109,22 @@ def test_trainer_takes_back_the_best_checkpoint(tiny_mamba, input_ids, tmp_path)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-6)
 
 
+def test_trainer_resumes_from_the_stored_tensor(fresh, input_ids, tmp_path, logits):
+    examples = [{"input_ids": row, "labels": row} for row in input_ids]
+    models = [get_peft_model(fresh(), StateOffsetConfig(task_type="CAUSAL_LM", reparametrize=4)) for _ in range(2)]
+    for model, steps in zip(models, (2, 3), strict=True):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=steps, learning_rate=0.05, lr_scheduler_type="constant", save_steps=2,
+            report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=examples)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if steps == 3 else None)
+    plain = PeftModel.from_pretrained(fresh(), tmp_path / "checkpoint-2")
+    start, trained, resumed = (logits(model.eval(), input_ids) for model in (plain, *models))
+    torch.testing.assert_close(start, trained)
+    assert trainer.state.global_step == 3 and (resumed - start).abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_stays_float32_in_a_half_model(tiny_mamba, input_ids, autocast_adapter_dtype):
     model = tiny_mamba.bfloat16()

@@ -300,3 +300,13 @@ def test_load_adapters_takes_the_first_of_each_method(tiny_mamba, tmp_path, inpu
 def test_load_adapters_of_an_empty_folder_is_an_error(tiny_mamba, tmp_path):
     with pytest.raises(ValueError, match="holds no adapter"):
         ssmtune.load_adapters(tiny_mamba, tmp_path)
+
+
+def test_a_refused_method_leaves_the_one_before_as_it_was(tiny_mamba, tmp_path):
+    lora = get_peft_model(tiny_mamba, LoraConfig(**LORA), adapter_name="low")
+    for config, name in ((StateOffsetConfig(target_modules=["mixr"]), "shift"), (StateOffsetConfig(), "half")):
+        with pytest.raises(ValueError):
+            get_peft_model(tiny_mamba, config, adapter_name=name)
+    assert list(lora.peft_config) == ["low"]
+    get_peft_model(tiny_mamba, StateOffsetConfig(), adapter_name="shift").save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "low", "shift"]

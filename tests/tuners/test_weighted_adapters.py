@@ -110,6 +110,7 @@ def test_three_adapters_and_a_sum_of_sums(tiny_mamba):
         ((["one", "two"], [1], "sum"), "weights=[1] do not fit 2 adapters"),
         ((["one", "two"], [1, float("nan")], "sum"), "weights=[1, nan] do not fit 2 adapters"),
         ((["one", "two"], [1, 1], "two"), "already has an adapter named 'two'"),
+        ((["one", "two"], [1, 1], "half"), "'half' cannot be the name of an adapter"),
         ((["one", "two"], [1, 1], "sum", "svd"), "combination_type='svd' is not known"),
         (
             (["one", "two"], [1, 1], "sum", "cat"),
@@ -117,7 +118,7 @@ def test_three_adapters_and_a_sum_of_sums(tiny_mamba):
         ),
         ((["one", "three"], [1, 1], "sum"), "cannot sum adapters of different targets: 'one' 'h', 'three' 'y'"),
     ],
-    ids=["unknown", "empty", "few-weights", "nan", "taken", "type", "cat", "targets"],
+    ids=["unknown", "empty", "few-weights", "nan", "taken", "name", "type", "cat", "targets"],
 )
 def test_what_cannot_be_summed_is_an_error(tiny_mamba, arguments, message):
     configs = [StateOffsetConfig(), StateOffsetConfig(rank=2), StateOffsetConfig(target="y")]
