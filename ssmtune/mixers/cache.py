@@ -28,11 +28,12 @@ def read_states(cache: Any, layer_idx: int, conv_kernel_size: int) -> tuple[Tens
     """
     if cache is None:
         return None, None
-    _replace_unwritable(cache.layers[layer_idx])
-    window = cache.get_conv_state(layer_idx)
-    state = cache.get_recurrent_state(layer_idx)
-    context = None
-    if window is not None:
+    layer = cache.layers[layer_idx]
+    _replace_unwritable(layer)
+    context = state = None
+    # A cache that was reset still has its tensors.
+    if layer.has_previous_state[0]:
+        window, state = layer.conv_states[0], layer.recurrent_states[0]
         # The cache keeps one column more than the convolution looks back, or everything while it records the past.
         width = conv_kernel_size - 1
         context = window[..., max(window.shape[-1] - width, 0) :]

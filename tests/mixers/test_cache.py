@@ -152,7 +152,7 @@ def test_a_cache_that_records_the_past(make_pair, tokens, assert_close):
     with torch.no_grad():
         pieces = [ours(piece, cache_params=cache, use_cache=True).logits for piece in input_ids.split([2, 1, 6], dim=1)]
         assert_close("logits", ours(input_ids).logits, torch.cat(pieces, dim=1), 1e-5)
-    assert cache.get_conv_state(0).shape[-1] == 9
+    assert cache.layers[0].conv_states[0].shape[-1] == 9
 
 
 def test_a_step_updates_the_cached_state_in_place(make_pair, tokens, monkeypatch):
@@ -164,9 +164,9 @@ def test_a_step_updates_the_cached_state_in_place(make_pair, tokens, monkeypatch
     )
     with torch.no_grad():
         cache = ours(tokens(2, 6), use_cache=True).cache_params
-        states = [cache.get_recurrent_state(layer) for layer in range(2)]
+        states = [cache.layers[layer].recurrent_states[0] for layer in range(2)]
         before = [state.clone() for state in states]
         ours(tokens(2, 1), cache_params=cache, use_cache=True)
     for layer in range(2):
-        assert cache.get_recurrent_state(layer) is updated[layer] is states[layer]
+        assert cache.layers[layer].recurrent_states[0] is updated[layer] is states[layer]
         assert not torch.equal(states[layer], before[layer])

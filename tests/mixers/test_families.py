@@ -211,7 +211,9 @@ def test_a_right_padded_prefix_leaves_the_state_of_its_tokens(make_pair, rows, a
         together = ours(input_ids, attention_mask=mask, use_cache=True)[cache_name(ours)]
         for i, row in enumerate(rows):
             alone = ours(row[None], use_cache=True)[cache_name(ours)]
-            assert_close("state", alone.get_recurrent_state(1)[0], together.get_recurrent_state(1)[i], 1e-5)
+            assert_close(
+                "state", alone.layers[1].recurrent_states[0][0], together.layers[1].recurrent_states[0][i], 1e-5
+            )
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])

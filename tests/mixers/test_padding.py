@@ -77,8 +77,8 @@ def test_pads_leave_the_states_alone(make_pair, adapt, dtype, tokens):
             tokens(2, 6), attention_mask=torch.tensor([[1] * 6, [0] * 6]), use_cache=True
         ).cache_params
     expected = adapters[0].tensors["initial_state"].float()
-    assert torch.equal(cache.get_recurrent_state(0)[1], expected)
-    assert not torch.equal(cache.get_recurrent_state(0)[0], expected)
+    assert torch.equal(cache.layers[0].recurrent_states[0][1], expected)
+    assert not torch.equal(cache.layers[0].recurrent_states[0][0], expected)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
@@ -98,8 +98,8 @@ def test_a_right_padded_prefix_leaves_the_state_of_its_tokens(make_pair, tokens,
     row = tokens(1, 5)
     input_ids, mask = padded([row[0]], "right", 9)
     with torch.no_grad():
-        expected = ours(row, use_cache=True).cache_params.get_recurrent_state(1)
-        actual = ours(input_ids, attention_mask=mask, use_cache=True).cache_params.get_recurrent_state(1)
+        expected = ours(row, use_cache=True).cache_params.layers[1].recurrent_states[0]
+        actual = ours(input_ids, attention_mask=mask, use_cache=True).cache_params.layers[1].recurrent_states[0]
     assert_close("state", expected, actual, 1e-5)
 
 

@@ -52,7 +52,7 @@ def test_sft_trainer(make_pair, tokenizer, rows, tmp_path, family, options):
                 parameter.copy_(weights[name])
         return trainer.state.log_history[-1]["train_loss"]
 
-    assert loss_of_a_step(ours) == pytest.approx(expected, rel=1e-4)
+    assert loss_of_a_step(ours) == pytest.approx(expected, rel=1e-5)
     assert seen["input_ids"].shape == (1, sum(LENGTHS))
     hook.remove()
     unpatch(ours)
@@ -60,4 +60,4 @@ def test_sft_trainer(make_pair, tokenizer, rows, tmp_path, family, options):
         with pytest.raises(ValueError, match="can't keep packed sequences apart"):
             loss_of_a_step(ours)
     else:
-        assert abs(loss_of_a_step(ours) - expected) > 0.001
+        assert abs(loss_of_a_step(ours) - expected) > 5e-4
