@@ -96,7 +96,7 @@ def test_ignores_pads_on_the_right(base, trained, input_ids, assert_close):
         with torch.no_grad():
             output = trained(input_ids=input_ids, use_cache=True, **inputs)
         cache = output[cache_name(base)]
-        states = [cache.get_recurrent_state(mixer.layer_idx) for _, mixer in find_mixers(base)]
+        states = [cache.layers[mixer.layer_idx].recurrent_states[0] for _, mixer in find_mixers(base)]
         return output.logits[:, -input_ids.shape[1] :], torch.stack(states, dim=1)
 
     logits, states = run(input_ids * mask, attention_mask=mask)
