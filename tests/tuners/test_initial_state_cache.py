@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconMambaConfig, JambaConfig, ZambaConfig
 
 import ssmtune
 from ssmtune import InitialStateConfig, StateOffsetConfig, initial_state_from_text, starting_cache
@@ -202,3 +202,41 @@ def test_sums_and_disabled_adapters(base, make_nonzero):
 def test_a_model_without_initial_states_has_no_starting_cache(base):
     with pytest.raises(ValueError, match="has no adapter of Initial State Tuning"):
         starting_cache(get_peft_model(base, StateOffsetConfig()))
+
+
+def tiny_family(name):
+    """A random model of another architecture, and what it calls its cache."""
+    shared = dict(vocab_size=64, hidden_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    hybrid = dict(intermediate_size=64, num_attention_heads=4, mamba_d_state=8, mamba_dt_rank=4, attn_layer_offset=1)
+    if name == "falcon-mamba":
+        config = FalconMambaConfig(**shared, state_size=8, num_hidden_layers=2)
+    elif name == "jamba":
+        config = JambaConfig(
+            **shared, **hybrid, num_hidden_layers=3, num_key_value_heads=2, attn_layer_period=3, num_experts=1
+        )
+    else:
+        config = ZambaConfig(
+            **shared, **hybrid, num_hidden_layers=8, num_key_value_heads=4, attn_layer_period=2, n_mamba_heads=2
+        )
+    return AutoModelForCausalLM.from_config(config).eval(), "cache_params" if "falcon" in name else "past_key_values"
+
+
+@pytest.mark.parametrize("family", ["falcon-mamba", "jamba", "zamba"])
+def test_other_families(family, logits, make_nonzero, assert_close):
+    base, cache_name = tiny_family(family)
+    ssmtune.patch(base)
+    plain = copy.deepcopy(base)
+    model = get_peft_model(base, InitialStateConfig(**EXACT))
+    prompts = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(0))
+    text = torch.tensor([[5, 9, 23, 41, 7, 7, 30]])
+    initial_state_from_text(model, lambda text: {"input_ids": [5, 9, 23, 41, 7, 7, 30]}, TEXT)
+    if family == "falcon-mamba":
+        expected = logits(plain, torch.cat([text.expand(2, -1), prompts], dim=1))[:, 7:]
+        assert_close("logits", expected, logits(model, prompts), 1e-5)
+    make_nonzero(model, std=3.0)
+    expected = logits(model, prompts)
+    assert (logits(plain, prompts) - expected).abs().max() > 1e-2
+    actual = logits(plain, prompts, use_cache=True, **{cache_name: starting_cache(model, 2)})
+    assert_close("logits", expected, actual, 1e-5)
+    generated = plain.generate(prompts, **{cache_name: starting_cache(model, 2)}, **GREEDY)
+    assert torch.equal(generated, model.generate(input_ids=prompts, **GREEDY))
