@@ -123,7 +123,7 @@ def test_continues_in_chunks(base, trained, input_ids, logits, assert_close):
 
 
 def test_can_be_disabled(method, patched, trained, input_ids, logits, assert_close, error_ratio):
-    """Under `disable_adapter` the logits are those of the base, and after it as they were; both to the bit."""
+    """Under `disable_adapter` the logits are those of the base, to the bit (LoRA on dt_proj: to rounding)."""
     if method.kind == "full":
         pytest.skip("full fine-tuning has no adapter to disable")
     adapted = logits(trained, input_ids)
