@@ -73,6 +73,8 @@ class SelectiveMixer(nn.Module):
             # After the projection rather than before it: its bias must not reach the convolution.
             x = x.masked_fill(pads, 0)
         x, z = x.transpose(1, 2), z.transpose(1, 2)
+        # One token of generation, for which cached states are overwritten rather than read and written.
+        step = seqlen == 1 and state is not None and not torch.is_grad_enabled()
         window = x
         if cu_seqlens is not None and inputs.conv_state is not None:
             context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
@@ -80,9 +82,12 @@ class SelectiveMixer(nn.Module):
             context, x = place_conv_state(inputs.conv_state, x, pads)
             # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
             window = x if cache is None else torch.cat([context, x], dim=-1)
-        u = self.convolve(x, context, cu_seqlens)
-        if cache is not None:
-            cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        if step and not cache.layers[self.layer_idx].record_past and _is_plain(self.conv1d, nn.Conv1d):
+            u = self.convolve_step(x, context)
+        else:
+            u = self.convolve(x, context, cu_seqlens)
+            if cache is not None:
+                cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
 
         dt, B, C = self.project_convolved(u.transpose(1, 2))
         delta, delta_bias = self.project_time_step(dt)
@@ -95,7 +100,7 @@ class SelectiveMixer(nn.Module):
         if state is not None:
             state = state.flatten(1, -2)
 
-        if seqlen == 1 and B.dim() == 3 and state is not None and not torch.is_grad_enabled():
+        if step and B.dim() == 3:
             y = ops.selective_state_update(
                 state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], D,
                 z=z[..., 0], dt_bias=delta_bias, dt_softplus=True,
@@ -136,6 +141,13 @@ class SelectiveMixer(nn.Module):
         if context is not None:
             x = torch.cat([context.to(x.dtype), x], dim=-1)
         return self.act(conv(x)[..., start : x.shape[-1]])
+
+    def convolve_step(self, x: Tensor, context: Tensor) -> Tensor:
+        """`convolve` for a single input (batch, dim, 1), which also moves the inputs left of it on, in place."""
+        silu = self.activation in ("silu", "swish")
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        u = ops.causal_conv1d_update(x[..., 0], context, weight, bias, activation="silu" if silu else None)
+        return (u if silu else self.act(u)).unsqueeze(-1)
 
     def split_input(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """The input of the convolution and the gate, both (batch, seqlen, dim), from what `in_proj` gave."""

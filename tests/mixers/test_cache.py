@@ -155,8 +155,8 @@ def test_a_cache_that_records_the_past(make_pair, tokens, assert_close):
     assert cache.layers[0].conv_states[0].shape[-1] == 9
 
 
-def test_a_step_updates_the_cached_state_in_place(make_pair, tokens, monkeypatch):
-    _, ours = make_pair()
+def test_a_step_updates_the_cached_states_in_place(make_pair, tokens, monkeypatch):
+    theirs, ours = make_pair()
     updated = []
     update = ops.selective_state_update
     monkeypatch.setattr(
@@ -164,9 +164,25 @@ def test_a_step_updates_the_cached_state_in_place(make_pair, tokens, monkeypatch
     )
     with torch.no_grad():
         cache = ours(tokens(2, 6), use_cache=True).cache_params
+        expected = copy.deepcopy(cache)
         states = [cache.layers[layer].recurrent_states[0] for layer in range(2)]
+        windows = [cache.layers[layer].conv_states[0] for layer in range(2)]
         before = [state.clone() for state in states]
         ours(tokens(2, 1), cache_params=cache, use_cache=True)
+        theirs(tokens(2, 1), cache_params=expected, use_cache=True)
     for layer in range(2):
         assert cache.layers[layer].recurrent_states[0] is updated[layer] is states[layer]
         assert not torch.equal(states[layer], before[layer])
+        assert cache.layers[layer].conv_states[0] is windows[layer]
+        # The first column is one that no convolution looks at any more.
+        torch.testing.assert_close(windows[layer][..., 1:], expected.layers[layer].conv_states[0][..., 1:])
+
+
+@pytest.mark.parametrize("conv_kernel", [1, 2, 3])
+def test_generation_with_short_convolutions(make_pair, tokens, conv_kernel):
+    theirs, ours = make_pair(conv_kernel=conv_kernel)
+    for prompt in (1, 4):
+        cached = ours.generate(tokens(2, prompt), max_new_tokens=6, do_sample=False)
+        expected = ours.generate(tokens(2, prompt), max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(cached, expected)
+        assert torch.equal(cached, theirs.generate(tokens(2, prompt), max_new_tokens=6, do_sample=False))
