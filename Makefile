@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 SSMTUNE   := $(VENV)/bin/ssmtune
 endif
 
-.PHONY: all demo test bench cuda-check gpu-check style clean
+.PHONY: all demo test bench cuda-check gpu-check sanitize style clean
 all: $(INSTALLED)
 
 # every method on one small task, on the CPU: tables and pictures in runs/demo
@@ -42,6 +42,10 @@ cuda-check: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(PY) -m pytest -q -m gpu
 	$(PY) -m benchmarks.selective_scan --device cuda
+
+# the C++ kernels under the sanitizers of GCC
+sanitize: $(INSTALLED)
+	PY=$(PY) .ci/sanitize
 
 style: $(INSTALLED)
 	$(PY) -m ruff check --fix .

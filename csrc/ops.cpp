@@ -12,6 +12,9 @@
 #include <new>
 #include <optional>
 #include <string>
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#endif
 #include <vector>
 
 #if defined(__linux__)
@@ -196,10 +199,27 @@ int64_t grain(int64_t tasks, int64_t work) {
   return std::clamp<int64_t>(kWorkPerThread * tasks / std::max<int64_t>(work, 1), 1, tasks);
 }
 
+#if defined(__SANITIZE_THREAD__)
+// ThreadSanitizer does not see how the threads of torch's pool wait for each other, and would report each result as a race.
+// It sees these, which also share small problems, so that there is something to watch.
+template <typename Function>
+void parallel_for(int64_t begin, int64_t end, int64_t, const Function& function) {
+  const int64_t threads = std::min<int64_t>(end - begin, torch::stable::get_num_threads());
+  std::vector<std::thread> pool;
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t from = begin + (end - begin) * i / threads, to = begin + (end - begin) * (i + 1) / threads;
+    pool.emplace_back([&function, from, to] { function(from, to); });
+  }
+  for (std::thread& thread : pool) thread.join();
+}
+#else
+using torch::stable::parallel_for;
+#endif
+
 template <typename Params>
 void run(const Kernel<Params>& kernel, const Params& params, int64_t work) {
   const int64_t tasks = params.partition.tasks();
-  torch::stable::parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate(kernel.scratch_floats(params));
     for (int64_t task = begin; task < end; ++task) kernel.run(params, task, scratch.get());
   });
@@ -299,7 +319,7 @@ void selective_scan_fwd(const Tensor& u, const Tensor& delta, const Tensor& A, c
 // Adds up the ranges' shares of dB and dC, in their order: for each row of the batch and group, those of its channels.
 void reduce_dBC(const SelectiveScanBackward& p, const float* shares, float* dB, float* dC) {
   const int64_t ranges = p.partition.section_ranges(), row = 2 * p.padded_states();
-  torch::stable::parallel_for(0, p.batch * p.partition.sections * p.seqlen, 256, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * p.partition.sections * p.seqlen, 256, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(row);
     for (int64_t step = begin; step < end; ++step) {
       const float* share = shares + (step / p.seqlen * ranges * p.seqlen + step % p.seqlen) * row;
@@ -369,7 +389,7 @@ void selective_scan_bwd(const OptionalTensor& dout, const OptionalTensor& dlast_
 template <typename Update, typename Params>
 void run_update(Update update, const Params& p, int64_t work) {
   const int64_t units = (p.dim + Partition::kUnit - 1) / Partition::kUnit, tasks = p.batch * units;
-  torch::stable::parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t channel = task % units * Partition::kUnit;
       update(p, task / units, channel, std::min(channel + Partition::kUnit, p.dim));

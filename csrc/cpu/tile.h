@@ -107,9 +107,12 @@ SSMTUNE_INLINE int64_t lanes_left(int64_t channel, int64_t channels) {
   return channels - channel < kLanes ? channels - channel : kLanes;
 }
 
-SSMTUNE_INLINE void fill_zero(float* p, int64_t count) { __builtin_memset(p, 0, count * sizeof(float)); }
+// Without a count there need not be memory.
+SSMTUNE_INLINE void fill_zero(float* p, int64_t count) {
+  if (count > 0) __builtin_memset(p, 0, count * sizeof(float));
+}
 SSMTUNE_INLINE void copy(float* to, const float* from, int64_t count) {
-  __builtin_memcpy(to, from, count * sizeof(float));
+  if (count > 0) __builtin_memcpy(to, from, count * sizeof(float));
 }
 
 // Hands out pieces of scratch memory; without memory it only adds up how much is needed. Pieces of equal size start one cache
