@@ -46,6 +46,8 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.unpatch_on_removal = False
+        # The adapter of each row of a batch, where rows have different ones.
+        self.row_adapters: list[str] | None = None
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict())
         setattr(self, f"{self.prefix}mlp", nn.ModuleDict())
@@ -154,9 +156,19 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
                 self.assign(kind, adapter_name, sum(terms[1:], start=terms[0]))
 
     def active_sum(self, kind: str) -> torch.Tensor | None:
-        """Return the sum of what the active adapters add, or None if none adds anything of this kind."""
+        """Return the sum of what the active adapters add, or None if none adds anything of this kind.
+
+        Where rows of a batch have different adapters, what each of them adds: (batch, dim, dstate) or the like.
+        """
         if self.disable_adapters:
             return None
+        if self.row_adapters is not None:
+            values = {name: self.value(kind, name) for name in set(self.row_adapters) & self.available_adapters}
+            known = next((value for value in values.values() if value is not None), None)
+            if known is None:
+                return None
+            rows = [values.get(name) for name in self.row_adapters]
+            return torch.stack([torch.zeros_like(known) if value is None else value for value in rows])
         values = [self.value(kind, name, self.training) for name in self.active_adapters]
         values = [value for value in values if value is not None]
         return sum(values[1:], start=values[0]) if values else None

@@ -252,12 +252,6 @@ def test_model_without_mixers_is_an_error(make_config):
         get_peft_model(LlamaForCausalLM(config), make_config())
 
 
-def test_mixed_batches_are_refused(tiny_mamba, input_ids):
-    model = get_peft_model(tiny_mamba, StateOffsetConfig())
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(input_ids=input_ids, adapter_names=["default", "__base__"])
-
-
 def test_unpatching_under_an_adapter_is_refused(tiny_mamba):
     get_peft_model(tiny_mamba, StateOffsetConfig())
     with pytest.raises(ValueError, match="carries the adapters offset_adapter"):
