@@ -8,6 +8,7 @@ are at hand when gradient checkpointing runs one again, whatever the model did i
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
 
     Args:
         model: a transformers model.
-        args: its positional arguments; input_ids are the only one that is looked at.
+        args: its positional arguments.
         kwargs: its keyword arguments.
 
     Returns:
@@ -53,6 +54,9 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     Raises:
         ValueError: boundaries together with an attention mask or a cache, or a mixer that is not patched.
     """
+    if len(args) > 1:
+        kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+        args = ()
     if _is_handed_down(kwargs.get("attention_mask")):
         return None
     hybrid = any(kind != "linear_attention" for kind in getattr(model.config, "layer_types", None) or ())
@@ -69,7 +73,7 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
             f"{type(model).__name__} got {told}, which packs sequences, together with {other}.\n"
             "  A packed batch has no pads and continues nothing. Leave one of the two out."
         )
-    if other is not None or len(args) > 1 or inputs is None:
+    if other is not None or inputs is None:
         return None
     cu_seqlens = find_sequences(kwargs, inputs.shape[0], inputs.shape[1])
     if cu_seqlens is None:
