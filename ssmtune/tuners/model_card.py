@@ -10,7 +10,7 @@ import peft
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ssmtune import __version__
@@ -34,6 +34,16 @@ model = PeftModel.from_pretrained(base, "path/or/name-of-this-adapter")
 
 Import `ssmtune` before loading this adapter: it adds the method to peft."""
 
+_LOAD_ALL = """Each folder beside this file holds one adapter. They load together:
+
+```python
+import ssmtune
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = ssmtune.load_adapters(base, "path/to/this-folder")
+```"""
+
 _SOURCE = """\
 Kang, Galim, Zeng, Lee, Koo and Cho, "State-offset Tuning: State-based Parameter-Efficient Fine-Tuning for State Space
 Models", ACL 2025, [arXiv 2503.03499](https://arxiv.org/abs/2503.03499)."""
@@ -42,8 +52,9 @@ Models", ACL 2025, [arXiv 2503.03499](https://arxiv.org/abs/2503.03499)."""
 def write_card(folder: Path, config: StateTunerConfig) -> None:
     """Describe a stored adapter in the README.md beside it.
 
-    The empty template that peft puts there is replaced; other text is kept, and what was written by an earlier save is
-    brought up to date. A folder with neither tensors nor a card is left alone: it holds a config only.
+    The empty template that peft puts there is replaced, also the one beside the folders of several adapters. Other text
+    is kept, and what was written by an earlier save is brought up to date. A folder with neither tensors nor a card is
+    left alone: it holds a config only.
 
     Args:
         folder: where the adapter is stored.
@@ -52,22 +63,40 @@ def write_card(folder: Path, config: StateTunerConfig) -> None:
     path, weights = folder / "README.md", folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file() and not weights.is_file():
         return
+    together = folder.parent / "README.md"
+    if together.is_file() and not (folder.parent / CONFIG_NAME).is_file():
+        if any(mark in together.read_text(encoding="utf-8") for mark in (_TEMPLATE_OF_PEFT, _BEGIN)):
+            _put(together, config, _describe_all(config))
+    _put(path, config, _describe(config, weights))
+
+
+def _put(path: Path, config: StateTunerConfig, text: str) -> None:
+    """Put a text in place of the template or of what was put before, and what finds it into the header."""
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
-    data, base = card.data, config.base_model_name_or_path
+    data, kept = card.data, card.text
     data["library_name"] = "peft"
     data["tags"] = sorted({*(data.get("tags") or []), "ssmtune", "state-space-model", *config.card_tags})
-    if base:
-        data["base_model"] = base
+    if config.base_model_name_or_path:
+        data["base_model"] = config.base_model_name_or_path
     if config.task_type == "CAUSAL_LM":
         data["pipeline_tag"] = "text-generation"
-    kept = card.text
     if _BEGIN in kept and _END in kept:
         before, _, rest = kept.partition(_BEGIN)
         kept = before + rest.partition(_END)[2]
     elif _TEMPLATE_OF_PEFT in kept:
         kept = ""
-    text = "\n\n".join(filter(None, (_describe(config, weights), kept.strip())))
+    text = "\n\n".join(filter(None, (_BEGIN, text, _END, kept.strip())))
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+
+
+def _describe_all(config: StateTunerConfig) -> str:
+    base = config.base_model_name_or_path
+    lines = [
+        f"# Adapters{f' of {Path(base).name}' if base else ''}",
+        _LOAD_ALL.format(base=base or "name-of-the-base-model"),
+        _versions(),
+    ]
+    return "\n\n".join(lines)
 
 
 def _describe(config: StateTunerConfig, weights: Path) -> str:
@@ -76,22 +105,24 @@ def _describe(config: StateTunerConfig, weights: Path) -> str:
     rows |= config.card_settings()
     if weights.is_file():
         rows["trained parameters"] = _count(weights, f".{config.peft_type.value.lower()}_")
+    parts = [
+        f"# {config.title}{f' of {Path(base).name}' if base else ''}",
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]),
+        "## How to load it",
+        _LOAD.format(base=base or "name-of-the-base-model"),
+        "## The method",
+        f"`{config.formula}`",
+        _SOURCE,
+        _versions(),
+    ]
+    return "\n\n".join(parts)
+
+
+def _versions() -> str:
     packages = {"PEFT": peft, "Transformers": transformers, "PyTorch": torch}
-    return "\n".join(
-        [
-            _BEGIN,
-            "",
-            f"# {config.title}{f' of {Path(base).name}' if base else ''}",
-            "",
-            *("| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())),
-            *("", "## How to load it", "", _LOAD.format(base=base or "name-of-the-base-model")),
-            *("", "## The method", "", f"`{config.formula}`", "", _SOURCE),
-            *("", "### Framework versions", ""),
-            f"- ssmtune {__version__}",
-            *(f"- {name} {package.__version__}" for name, package in packages.items()),
-            *("", _END),
-        ]
-    )
+    lines = [f"- ssmtune {__version__}", *(f"- {name} {package.__version__}" for name, package in packages.items())]
+    # The heading under which peft looks for its own version.
+    return "\n".join(["### Framework versions", "", *lines])
 
 
 def _count(weights: Path, prefix: str) -> str:

@@ -98,11 +98,23 @@ def test_a_card_of_the_user_is_added_to(model, tmp_path):
     assert card.data.license == "mit" and "# Poems\n\nMine." in card.text and "How to load" in card.text
 
 
-def test_every_adapter_has_one(model, tmp_path):
+def test_several_adapters_have_one_each_and_one_together(model, tmp_path):
     get_peft_model(model, LoraConfig(target_modules=["in_proj"], r=2), adapter_name="low")
-    get_peft_model(model, InitialStateConfig(), adapter_name="start").save_pretrained(tmp_path / "both")
+    both = get_peft_model(model, InitialStateConfig(), adapter_name="start")
+    for _ in range(2):
+        both.save_pretrained(tmp_path / "both")
     assert rows(ModelCard.load(tmp_path / "both" / "start" / "README.md"))["method"] == "Initial State Tuning"
     assert not (tmp_path / "both" / "low" / "README.md").exists()
+    card = ModelCard.load(tmp_path / "both" / "README.md")
+    assert "# Adapters of some-base\n" in card.text and "More Information Needed" not in card.text
+    assert "ssmtune" in card.data.tags and card.data.base_model == str(tmp_path / "some-base")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    names = {}
+    exec(code.replace("path/to/this-folder", str(tmp_path / "both")), names)
+    assert set(names["model"].peft_config) == {"low", "start"}
+    (tmp_path / "both" / "README.md").write_text("# Mine\n")
+    both.save_pretrained(tmp_path / "both")
+    assert "# Mine" in (tmp_path / "both" / "README.md").read_text()
 
 
 def test_a_base_without_a_name(tiny_mamba, tmp_path):
