@@ -21,6 +21,12 @@ def make_config(request):
     return request.param
 
 
+@pytest.fixture(params=[name for name in VARIANTS if name != "initial-conv"])
+def make_scan_config(request):
+    """As `make_config`, without the variant that acts before the scan."""
+    return VARIANTS[request.param]
+
+
 @pytest.fixture
 def make_nonzero():
     """Fill the trainable tensors of a model with noise large enough to change what it predicts."""

@@ -54,11 +54,11 @@ def add_by_formula(mixer, config, tensors):
     mixer.out_proj.register_forward_pre_hook(added)
 
 
-def test_effect_and_gradient_are_those_of_the_formula(tiny_mamba, make_config, make_nonzero, input_ids, assert_close):
+def test_effect_and_gradient_are_those_of_the_formula(
+    tiny_mamba, make_scan_config, make_nonzero, input_ids, assert_close
+):
     plain = copy.deepcopy(tiny_mamba).requires_grad_(False)
-    model = make_nonzero(get_peft_model(tiny_mamba, make_config()))
-    if getattr(model.active_peft_config, "conv_state", False):
-        pytest.skip("transformers calls no module whose input or output would be that of the convolution")
+    model = make_nonzero(get_peft_model(tiny_mamba, make_scan_config()))
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
     leaves = {name: p.detach().clone().requires_grad_() for name, p in adapter.items()}
     for index, layer in enumerate(plain.backbone.layers):
