@@ -240,3 +240,15 @@ def test_other_families(family, logits, make_nonzero, assert_close):
     assert_close("logits", expected, actual, 1e-5)
     generated = plain.generate(prompts, **{cache_name: starting_cache(model, 2)}, **GREEDY)
     assert torch.equal(generated, model.generate(input_ids=prompts, **GREEDY))
+
+
+def test_left_padded_prompts_start_from_a_cache(base, prompts, make_nonzero):
+    plain = copy.deepcopy(base)
+    model = make_nonzero(get_peft_model(base, InitialStateConfig(task_type="CAUSAL_LM")), std=3.0)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    prompts = prompts * mask
+    expected = model.generate(input_ids=prompts, attention_mask=mask, **GREEDY)
+    cache = starting_cache(model, 2)
+    assert torch.equal(plain.generate(prompts, attention_mask=mask, cache_params=cache, **GREEDY), expected)
+    alone = model.generate(input_ids=prompts[1:, 2:], **GREEDY)
+    assert torch.equal(expected[1, 2:], alone[0])
