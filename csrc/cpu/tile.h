@@ -16,35 +16,68 @@ void read_tile(const SequenceTensor& x, const TilePosition& at, float* tile, int
 void write_tile(const SequenceTensor& x, const TilePosition& at, const float* tile, int64_t tile_stride);
 
 // Rows of a tile: in the tensor itself where its memory already has that form, else in a buffer.
-template <typename Float>
+template <typename T>
 struct Rows {
-  Float* data;
+  T* data;
   int64_t stride;
   bool direct;
 
-  Float* operator[](int64_t step) const { return data + step * stride; }
+  T* operator[](int64_t step) const { return data + step * stride; }
 };
 
+template <typename T>
+inline constexpr DType kDType = DType::kFloat32;
+template <>
+inline constexpr DType kDType<BFloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDType<Float16> = DType::kFloat16;
+
+template <typename T = float>
 SSMTUNE_INLINE bool is_direct(const SequenceTensor& x, const TilePosition& at) {
-  return x.channels_last && x.dtype == DType::kFloat32 && at.lanes == kLanes;
+  return x.channels_last && x.dtype == kDType<T> && at.lanes == kLanes;
 }
-SSMTUNE_INLINE float* address(const SequenceTensor& x, const TilePosition& at) {
-  return static_cast<float*>(x.data) + at.batch * x.batch_stride + at.time * x.stride + at.channel;
+template <typename T = float>
+SSMTUNE_INLINE T* address(const SequenceTensor& x, const TilePosition& at) {
+  return static_cast<T*>(x.data) + at.batch * x.batch_stride + at.time * x.stride + at.channel;
 }
 
-SSMTUNE_INLINE Rows<const float> input_rows(const SequenceTensor& x, const TilePosition& at, float* buffer) {
-  if (is_direct(x, at)) return {address(x, at), x.stride, true};
-  read_tile(x, at, buffer, kLanes);
-  return {buffer, kLanes, false};
+// The type all rows of a tile are worked on in: that of the tensors if each of them that is there has the form of rows, which
+// are then converted on the fly; else float, and buffers for those that do not.
+template <int kTensors>
+SSMTUNE_INLINE DType rows_dtype(const SequenceTensor* const (&tensors)[kTensors], const TilePosition& at) {
+  DType dtype = DType::kFloat32;
+  for (const SequenceTensor* x : tensors) {
+    if (!x->data) continue;
+    if (!x->channels_last || at.lanes != kLanes) return DType::kFloat32;
+    dtype = x->dtype;
+  }
+  return dtype;
+}
+
+// Rows of a tensor that may be missing. Those of 16 bits lie in the tensor itself.
+template <typename T = float>
+SSMTUNE_INLINE Rows<const T> input_rows(const SequenceTensor& x, const TilePosition& at, [[maybe_unused]] float* buffer) {
+  if (!x.data) return {};
+  if constexpr (kDType<T> == DType::kFloat32) {
+    if (!is_direct(x, at)) {
+      read_tile(x, at, buffer, kLanes);
+      return {buffer, kLanes, false};
+    }
+  }
+  return {address<T>(x, at), x.stride, true};
 }
 
 // Rows to write to; those that are a buffer reach the tensor in finish_rows. Without a tensor they are only a buffer.
-SSMTUNE_INLINE Rows<float> output_rows(const SequenceTensor& x, const TilePosition& at, float* buffer) {
-  if (x.data && is_direct(x, at)) return {address(x, at), x.stride, true};
-  return {buffer, kLanes, false};
+template <typename T = float>
+SSMTUNE_INLINE Rows<T> output_rows(const SequenceTensor& x, const TilePosition& at, float* buffer) {
+  if (x.data && is_direct<T>(x, at)) return {address<T>(x, at), x.stride, true};
+  return {reinterpret_cast<T*>(buffer), kLanes, false};
 }
-SSMTUNE_INLINE void finish_rows(const SequenceTensor& x, const TilePosition& at, const Rows<float>& rows) {
-  if (x.data && !rows.direct) write_tile(x, at, rows.data, rows.stride);
+template <typename T>
+SSMTUNE_INLINE void finish_rows(const SequenceTensor& x, const TilePosition& at, const Rows<T>& rows) {
+  if constexpr (kDType<T> == DType::kFloat32) {
+    if (x.data && !rows.direct) write_tile(x, at, rows.data, rows.stride);
+  }
 }
 
 // Fetches the tiles that are needed next, a few lines at each step of the loop over this one: rows of a tile lie too far

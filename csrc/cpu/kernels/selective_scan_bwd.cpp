@@ -216,16 +216,18 @@ void accumulate_offset(const StateRows& C, const float* dy, int64_t steps, int64
   }
 }
 
-// The rows of one block of channels.
+// The rows of one block of channels, worked on as T.
+template <typename T>
 struct BlockRows {
   int64_t steps;
-  Rows<const float> u, delta, z, dout;
-  Rows<float> du, ddelta, dz;
+  Rows<const T> u, delta, z, dout;
+  Rows<T> du, ddelta, dz;
 };
 
 // What depends on the step and the channel alone: dt, dt u, the slope of softplus, dy, and dz without its factor, the output.
+template <typename T>
 void prepare(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t block,
-             const BlockRows& rows) {
+             const BlockRows<T>& rows) {
   const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
   const Vec bias = load(w.delta_bias + block * kLanes);
   const bool may_grow = blocks.may_grow(p, w.largest_decay, block);
@@ -253,7 +255,8 @@ void prepare(const SelectiveScanBackward& p, const Workspace& w, const ChannelBl
   }
 }
 
-void finish(const Workspace& w, int64_t block, const BlockRows& rows, bool has_dz) {
+template <typename T>
+void finish(const Workspace& w, int64_t block, const BlockRows<T>& rows, bool has_dz) {
   const Vec D = load(w.D + block * kLanes), output_offset = load(w.output_offset + block * kLanes);
   Vec dD{}, ddelta_bias{}, doutput_offset{};
   for (int64_t t = 0; t < rows.steps; ++t) {
@@ -285,6 +288,25 @@ const float* state_before(const SelectiveScanBackward& p, const Workspace& w, co
   return w.state_in;
 }
 
+template <typename T>
+void run_block(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t i,
+               const TilePosition& at, Scan scan, const Tile& tile) {
+  const BlockRows<T> rows{at.steps,
+                          input_rows<T>(p.u, at, w.u),
+                          input_rows<T>(p.delta, at, w.delta),
+                          input_rows<T>(p.z, at, w.z),
+                          input_rows<T>(p.dout, at, w.dout),
+                          output_rows<T>(p.du, at, w.du),
+                          output_rows<T>(p.ddelta, at, w.ddelta),
+                          output_rows<T>(p.dz, at, w.dz)};
+  prepare<T>(p, w, blocks, i, rows);
+  scan(tile, w);
+  finish<T>(w, i, rows, p.dz.data != nullptr);
+  finish_rows(p.du, at, rows.du);
+  finish_rows(p.ddelta, at, rows.ddelta);
+  finish_rows(p.dz, at, rows.dz);
+}
+
 // One chunk of a row from the step `time` on, kept as `chunk`.
 void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, const Row& row, int64_t time,
                int64_t chunk, float* dBC) {
@@ -296,33 +318,21 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
     fill_zero(w.dB, sums);
     fill_zero(w.dC, sums);
   }
-  const bool has_dz = p.dz.data != nullptr;
-  const Scan scan = choose_scan(has_dz, w.offset, w.dA);
+  const Scan scan = choose_scan(p.dz.data, w.offset, w.dA);
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{row.batch, blocks.channel(i), blocks.lanes(i), time, steps};
-    BlockRows rows{};
-    rows.steps = steps;
-    rows.u = input_rows(p.u, at, w.u);
-    rows.delta = input_rows(p.delta, at, w.delta);
-    if (p.z.data) rows.z = input_rows(p.z, at, w.z);
-    if (p.dout.data) rows.dout = input_rows(p.dout, at, w.dout);
-    rows.du = output_rows(p.du, at, w.du);
-    rows.ddelta = output_rows(p.ddelta, at, w.ddelta);
-    rows.dz = output_rows(p.dz, at, w.dz);
-    prepare(p, w, blocks, i, rows);
-
     const int64_t matrix = i * blocks.matrix_size();
     Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(row, at, i + 1, -kChunk));
     Prefetch<3> outputs({&p.du, &p.ddelta, &p.dz}, at);
-    scan({steps, p.padded_states(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C,
-          state_before(p, w, blocks, i, time == row.begin, chunk), w.carry + matrix, w.dA ? w.dA + matrix : nullptr, &inputs, &outputs},
-         w);
-
-    finish(w, i, rows, has_dz);
+    const Tile tile{steps, p.padded_states(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C,
+                    state_before(p, w, blocks, i, time == row.begin, chunk), w.carry + matrix, w.dA ? w.dA + matrix : nullptr,
+                    &inputs, &outputs};
+    switch (rows_dtype({&p.u, &p.delta, &p.z, &p.dout, &p.du, &p.ddelta, &p.dz}, at)) {
+      case DType::kFloat32: run_block<float>(p, w, blocks, i, at, scan, tile); break;
+      case DType::kBFloat16: run_block<BFloat16>(p, w, blocks, i, at, scan, tile); break;
+      case DType::kFloat16: run_block<Float16>(p, w, blocks, i, at, scan, tile); break;
+    }
     if (w.doffset) accumulate_offset(C, w.dy, steps, p.padded_states(), w.doffset + matrix);
-    finish_rows(p.du, at, rows.du);
-    finish_rows(p.ddelta, at, rows.ddelta);
-    finish_rows(p.dz, at, rows.dz);
   }
   if (dBC) {
     const int64_t stride = 2 * p.padded_states();

@@ -70,8 +70,9 @@ void scan(const Tile& tile, int64_t padded_states) {
   if (n < padded_states) scan_states<kStateGroup, kOffset>(tile, n);
 }
 
+template <typename T>
 void prepare(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t block,
-             const Rows<const float>& u, const Rows<const float>& delta, int64_t steps) {
+             const Rows<const T>& u, const Rows<const T>& delta, int64_t steps) {
   const Vec smallest_decay = load(w.smallest_decay + block * kLanes), largest_decay = load(w.largest_decay + block * kLanes);
   const Vec bias = load(w.delta_bias + block * kLanes), D = load(w.D + block * kLanes);
   const Vec output_offset = load(w.output_offset + block * kLanes);
@@ -87,15 +88,34 @@ void prepare(const SelectiveScanForward& p, const Workspace& w, const ChannelBlo
   }
 }
 
-void finish(const Workspace& w, const Rows<const float>& z, bool has_z, const Rows<float>& out, int64_t steps) {
+template <typename T>
+void finish(const Workspace& w, const Rows<const T>& z, const Rows<T>& out, int64_t steps) {
   for (int64_t t = 0; t < steps; ++t) {
     Vec y = load(w.y + t * kLanes);
-    if (has_z) {
+    if (z.data) {
       const Vec gate = load(z[t]);
       y *= gate * sigmoid(gate);
     }
     store(out[t], y);
   }
+}
+
+// The rows of one block of channels over one chunk, worked on as T.
+template <typename T>
+void run_block(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, int64_t i,
+               const TilePosition& at, const StateRows& B, const StateRows& C, Prefetch<4>& next) {
+  const Rows<T> out = output_rows<T>(p.out, at, w.out);
+  prepare<T>(p, w, blocks, i, input_rows<T>(p.u, at, w.u), input_rows<T>(p.delta, at, w.delta), at.steps);
+  const int64_t matrix = i * blocks.matrix_size();
+  const float* const offset = w.offset ? w.offset + matrix : nullptr;
+  const Tile tile{at.steps, w.A + matrix, offset, B, C, w.dt, w.dtu, w.y, w.state + matrix, &next};
+  if (w.offset) {
+    scan<true>(tile, p.padded_states());
+  } else {
+    scan<false>(tile, p.padded_states());
+  }
+  finish<T>(w, input_rows<T>(p.z, at, w.z), out, at.steps);
+  finish_rows(p.out, at, out);
 }
 
 // One chunk of a row from the step `time` on, kept as `chunk`.
@@ -106,22 +126,15 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
   const StateRows C = state_rows(p, p.C, blocks.section(), row.batch, time, steps, w.C);
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{row.batch, blocks.channel(i), blocks.lanes(i), time, steps};
-    const Rows<float> out = output_rows(p.out, at, w.out);
-    prepare(p, w, blocks, i, input_rows(p.u, at, w.u), input_rows(p.delta, at, w.delta), steps);
-    float* const state = w.state + i * blocks.matrix_size();
-    const float* const offset = w.offset ? w.offset + i * blocks.matrix_size() : nullptr;
     Prefetch<4> next({&p.u, &p.delta, &p.z, &p.out}, blocks.next_tile(row, at, i + 1, kChunk));
-    const Tile tile{steps, w.A + i * blocks.matrix_size(), offset, B, C, w.dt, w.dtu, w.y, state, &next};
-    if (w.offset) {
-      scan<true>(tile, p.padded_states());
-    } else {
-      scan<false>(tile, p.padded_states());
+    switch (rows_dtype({&p.u, &p.delta, &p.z, &p.out}, at)) {
+      case DType::kFloat32: run_block<float>(p, w, blocks, i, at, B, C, next); break;
+      case DType::kBFloat16: run_block<BFloat16>(p, w, blocks, i, at, B, C, next); break;
+      case DType::kFloat16: run_block<Float16>(p, w, blocks, i, at, B, C, next); break;
     }
-    if (p.chunk_states) copy(blocks.chunk_state(p, chunk, i), state, p.dstate * kLanes);
-    const bool has_z = p.z.data != nullptr;
-    const Rows<const float> z = has_z ? input_rows(p.z, at, w.z) : Rows<const float>{};
-    finish(w, z, has_z, out, steps);
-    finish_rows(p.out, at, out);
+    if (p.chunk_states) {
+      copy(blocks.chunk_state(p, chunk, i), w.state + i * blocks.matrix_size(), p.dstate * kLanes);
+    }
   }
   if (p.chunk_states) blocks.clear_padding(p, chunk);
 }
