@@ -40,9 +40,11 @@ class MethodConfig:
     )
     rank: int | None = _option(None, "rank of LoRA, or of a low-rank state method (default: 8, or dense)", minimum=1)
     alpha: float | None = _option(None, "LoRA scale times rank (default: the rank)", above=0)
-    dropout: float | None = _option(None, "LoRA dropout (default: 0)", minimum=0, maximum=0.9)
+    dropout: float | None = _option(None, "of LoRA, or of a low-rank state (default: 0)", minimum=0, maximum=0.9)
     target_modules: list[str] | None = _option(None, "modules that get LoRA (default: the projections of each mixer)")
     layers: list[int] | None = _option(None, "layers to adapt (default: all)", minimum=0)
+    conv_state: bool | None = _option(None, "learn what the convolution sees left of the first token too")
+    reparametrize: int | None = _option(None, "train a state through an MLP with so many hidden units", minimum=1)
     virtual_tokens: int | None = _option(None, "length of the prompt in prompt tuning (default: 16)", minimum=1)
 
 

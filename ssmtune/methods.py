@@ -41,15 +41,17 @@ class Method:
     options: tuple[str, ...] = ()
 
 
+_STATE_OPTIONS = ("rank", "alpha", "dropout", "layers", "reparametrize")
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("full", "Full fine-tuning", 4e-4, "full"),
         Method("lora", "LoRA", 2e-3, "weights", ("rank", "alpha", "dropout", "target_modules", "layers")),
         Method("prompt-tuning", "Prompt tuning", 2e-2, "prompt", ("virtual_tokens",)),
-        Method("initial-state", "Initial State Tuning", 2e-3, "state", ("rank", "alpha", "layers")),
-        Method("state-offset", "State-offset Tuning (h)", 2e-4, "state", ("rank", "alpha", "layers")),
-        Method("state-offset-y", "State-offset Tuning (y)", 1e-3, "state", ("layers",)),
+        Method("initial-state", "Initial State Tuning", 2e-3, "state", (*_STATE_OPTIONS, "conv_state")),
+        Method("state-offset", "State-offset Tuning (h)", 2e-4, "state", _STATE_OPTIONS),
+        Method("state-offset-y", "State-offset Tuning (y)", 1e-3, "state", ("layers", "reparametrize")),
     )
 }
 
@@ -129,7 +131,7 @@ def _apply_peft(model: nn.Module, method: Method, options: Mapping[str, Any]) ->
     shared = {"task_type": "CAUSAL_LM"}
     if "layers" in options:
         shared["layers_to_transform"] = options["layers"]
-    shared |= {key: options[key] for key in ("rank", "alpha") if key in options}
+    shared |= {key: value for key, value in options.items() if key != "layers"}
     if method.name == "initial-state":
         return get_peft_model(model, InitialStateConfig(**shared))
     target = "y" if method.name == "state-offset-y" else "h"

@@ -62,6 +62,17 @@ def test_random_initialisation_depends_on_the_seed_alone(tiny_checkpoint, name):
     assert torch.equal(first, tensors(1)) and not torch.equal(first, tensors(2))
 
 
+def test_options_of_the_state_methods_reach_the_adapter(tiny_checkpoint):
+    def configured(name, **options):
+        model = apply_method(load_model(tiny_checkpoint)[0], name, options)
+        return model.peft_config["default"]
+
+    assert configured("initial-state", conv_state=True).conv_state
+    low = configured("state-offset", rank=2, alpha=4.0, dropout=0.25, layers=[1])
+    assert (low.rank, low.alpha, low.dropout, low.layers_to_transform) == (2, 4.0, 0.25, [1])
+    assert configured("state-offset-y", reparametrize=8).reparametrize == 8
+
+
 def test_options_reach_the_adapter(model):
     adapted = apply_method(model, "lora", {"rank": 2, "alpha": 6, "target_modules": ["in_proj"], "layers": [1]})
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
