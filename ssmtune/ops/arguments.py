@@ -25,6 +25,7 @@ def check_tensors(op: str, main: str, tensors: Mapping[str, Tensor | None], opti
                 f"{op}: {name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64.\n"
                 f"  {_why_not_dtype(tensor)} Cast it, for example with {name}.float()."
             )
+        check_layout(op, name, tensor)
         if device is None:
             device = tensor.device
         elif tensor.device != device:
@@ -38,6 +39,15 @@ def _why_not_dtype(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "Complex state spaces are not supported."
     return "The recurrence is one of real numbers."
+
+
+def check_layout(op: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor is an ordinary one, not a sparse one."""
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{op}: {name} has layout {tensor.layout}, expected torch.strided.\n"
+            f"  Sparse and compressed tensors are not supported. Convert it with {name}.to_dense()."
+        )
 
 
 def check_dimensions(op: str, name: str, tensor: Tensor, axes: tuple[str, ...]) -> None:

@@ -260,7 +260,7 @@ def _log(op: str, call: Call, name: str) -> None:
 
 
 def _check_name(name: str, where: str) -> None:
-    if name in BACKENDS or name == "auto":
+    if isinstance(name, str) and (name in BACKENDS or name == "auto"):
         return
     raise ValueError(
         f"{where}there is no backend {name!r}{_did_you_mean(str(name), (*BACKENDS, 'auto'))}\n"

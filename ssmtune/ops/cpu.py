@@ -91,9 +91,16 @@ def causal_conv1d_backward(
     )
 
 
-def causal_conv1d_update(*args) -> Tensor:
+def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """Advance the state of the convolution by one step."""
-    return torch.ops.ssmtune_native.causal_conv1d_update(*args)
+    weight, bias, state = (
+        tensor.float() if tensor is not None and tensor.dtype == torch.float64 else tensor
+        for tensor in (weight, bias, conv_state)
+    )
+    out = torch.ops.ssmtune_native.causal_conv1d_update(x, state, weight, bias, silu)
+    if state is not conv_state:
+        conv_state.copy_(state)
+    return out
 
 
 def _sequence(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

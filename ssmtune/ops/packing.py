@@ -7,6 +7,8 @@
 import torch
 from torch import Tensor
 
+from ssmtune.ops.arguments import check_layout
+
 
 def check_cu_seqlens(op: str, main: str, cu_seqlens: Tensor, batch: int, seqlen: int, device: torch.device) -> None:
     """Check `cu_seqlens` against the tensor named `main`; its values only on the CPU.
@@ -24,6 +26,7 @@ def check_cu_seqlens(op: str, main: str, cu_seqlens: Tensor, batch: int, seqlen:
             f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64.\n"
             "  Its values are positions along seqlen. Cast it, for example with cu_seqlens.int()."
         )
+    check_layout(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n_sequences + 1,), 2 values or more.\n"

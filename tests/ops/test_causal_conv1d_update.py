@@ -67,6 +67,15 @@ def test_causal_conv1d_update(sizes, flags, activation, short, backend, poison_e
         assert_close(name, exact[name], value, allowed)
 
 
+def test_float64_around_a_narrower_input(backend):
+    inputs = make(2, 20, 4, dtype=torch.bfloat16)
+    expected = run(causal_conv1d_update, inputs | {"conv_state": inputs["conv_state"].float()}, backend=backend)
+    wide = {name: x if name == "x" else x.double() for name, x in inputs.items()}
+    actual = run(causal_conv1d_update, wide, backend=backend)
+    assert actual["out"].dtype == torch.bfloat16 and torch.equal(actual["out"], expected["out"])
+    assert torch.equal(actual["conv_state"], expected["conv_state"].double())
+
+
 @pytest.mark.parametrize("width", [1, 2, 4, 6])
 def test_steps_are_the_whole_sequence(backend, width):
     x, state = torch.randn(2, 20, 9), torch.randn(2, 20, width - 1)
@@ -116,8 +125,10 @@ WRONG = [
     ({"weight": torch.ones(21, 4)}, ValueError, ["weight has shape (21, 4)", "(dim, width) = (20, 4)"]),
     ({"bias": torch.ones(20, 1)}, ValueError, ["bias has shape (20, 1)", "(dim,) = (20,)"]),
     ({"bias": torch.ones(20, device="meta")}, ValueError, ["bias is on meta, but x is on cpu"]),
+    ({"bias": torch.ones(20).to_sparse()}, TypeError, ["bias has layout torch.sparse_coo", "bias.to_dense()"]),
     ({"activation": "relu"}, ValueError, ["there is no activation 'relu'"]),
     ({"backend": "cpus"}, ValueError, ["there is no backend 'cpus'; did you mean 'cpu'?"]),
+    ({"backend": ["cpu"]}, ValueError, ["there is no backend ['cpu']"]),
 ]
 
 
