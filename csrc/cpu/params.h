@@ -95,12 +95,13 @@ struct SelectiveScanParams {
   const float* delta_bias;  // (dim,)
   ChannelParameter initial_state, state_offset, output_offset;
   bool delta_softplus;
-  float* chunk_states;  // (kept chunks, sections, padded section size / lanes, dstate, lanes): the state after each chunk
+  // (kept chunks, sections, padded section size / lanes, dstate, lanes): the state after each chunk but the last of a row
+  float* chunk_states;
 
   Row row(int64_t r) const { return bounds ? Row{0, bounds[r], bounds[r + 1]} : Row{r, 0, seqlen}; }
-  // Where the chunks of row r are kept. Packed sequences may leave one unused between them: how many are kept depends on shapes
-  // alone, and sequences of n steps in all have at most n / kChunk chunks and one more each.
-  int64_t first_chunk(int64_t r) const { return bounds ? bounds[r] / kChunk + r : r * ((seqlen + kChunk - 1) / kChunk); }
+  // Where the chunks of row r are kept: of n steps, (n - 1) / kChunk. Packed sequences may leave one unused between them, so
+  // that how many there are depends on shapes alone.
+  int64_t first_chunk(int64_t r) const { return bounds ? (bounds[r] - r) / kChunk : r * ((seqlen - 1) / kChunk); }
   int64_t kept_channels() const { return partition.sections * round_up(partition.section_size(), kChannelPadding); }
   int64_t padded_states() const { return round_up(dstate, kStateGroup); }
 };

@@ -16,11 +16,9 @@ CHANNEL_BLOCK = 16
 def chunk_states_shape(
     batch: int, dim: int, seqlen: int, dstate: int, groups: int, n_sequences: int | None
 ) -> tuple[int, ...]:
-    """Return the shape of the buffer in which the forward scan keeps one state per chunk for the backward scan."""
-    n_chunks = (seqlen + CHUNK_SIZE - 1) // CHUNK_SIZE
-    if n_sequences is not None:
-        # each sequence has chunks of its own, and at most one more than fit into it
-        n_chunks = seqlen // CHUNK_SIZE + n_sequences
+    """Return the shape of the buffer in which the forward scan keeps the state between chunks for the backward scan."""
+    # n steps have (n - 1) // CHUNK_SIZE states between chunks, and several sequences together at most this many
+    n_chunks = (seqlen - (1 if n_sequences is None else n_sequences)) // CHUNK_SIZE
     # the channels of each group begin with a block of their own
     padded = (dim // groups + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK * CHANNEL_BLOCK
     return batch, n_chunks, groups * padded, dstate

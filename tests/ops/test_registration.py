@@ -62,8 +62,9 @@ def test_opcheck_selective_scan_bwd(scan_inputs, backend):
 @pytest.mark.parametrize("groups", [None, 5], ids=["no-groups", "5-groups"])
 @pytest.mark.parametrize("per_row", [(), ("initial_state", *OFFSETS)], ids=["shared", "per-sequence"])
 def test_opcheck_selective_scan_packed(scan_inputs, backend, per_row, groups):
-    cu_seqlens = torch.tensor([0, 1, 70, 75], dtype=torch.int32)
-    inputs = scan_inputs(1, 5, 75, 4, per_row=per_row, rows=3, groups=groups)
+    # of the two states that may be kept between chunks, one is used
+    cu_seqlens = torch.tensor([0, 40, 80, 150], dtype=torch.int32)
+    inputs = scan_inputs(1, 5, 150, 4, per_row=per_row, rows=3, groups=groups)
     args = (cu_seqlens, True, True, backend)
     out, last_state, chunk_states = torch.ops.ssmtune.selective_scan_fwd(*inputs.values(), *args)
     assert last_state.shape == (3, 5, 4)

@@ -307,7 +307,7 @@ void run_block(const SelectiveScanBackward& p, const Workspace& w, const Channel
   finish_rows(p.dz, at, rows.dz);
 }
 
-// One chunk of a row from the step `time` on, kept as `chunk`.
+// One chunk of a row from the step `time` on; the state before it, unless it is the first, is kept as that of `chunk` - 1.
 void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const ChannelBlocks& blocks, const Row& row, int64_t time,
                int64_t chunk, float* dBC) {
   const int64_t steps = row.end - time < kChunk ? row.end - time : kChunk;

@@ -118,10 +118,11 @@ void run_block(const SelectiveScanForward& p, const Workspace& w, const ChannelB
   finish_rows(p.out, at, out);
 }
 
-// One chunk of a row from the step `time` on, kept as `chunk`.
+// One chunk of a row from the step `time` on; the state after it is kept as that of `chunk` if another one follows.
 void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, const Row& row, int64_t time,
                int64_t chunk) {
   const int64_t steps = row.end - time < kChunk ? row.end - time : kChunk;
+  const bool kept = p.chunk_states && time + steps < row.end;
   const StateRows B = state_rows(p, p.B, blocks.section(), row.batch, time, steps, w.B);
   const StateRows C = state_rows(p, p.C, blocks.section(), row.batch, time, steps, w.C);
   for (int64_t i = 0; i < blocks.count(); ++i) {
@@ -132,11 +133,11 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
       case DType::kBFloat16: run_block<BFloat16>(p, w, blocks, i, at, B, C, next); break;
       case DType::kFloat16: run_block<Float16>(p, w, blocks, i, at, B, C, next); break;
     }
-    if (p.chunk_states) {
+    if (kept) {
       copy(blocks.chunk_state(p, chunk, i), w.state + i * blocks.matrix_size(), p.dstate * kLanes);
     }
   }
-  if (p.chunk_states) blocks.clear_padding(p, chunk);
+  if (kept) blocks.clear_padding(p, chunk);
 }
 
 void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
@@ -168,9 +169,10 @@ void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
       fill_zero(w.state, matrix_floats);
     }
     const Row row = p.row(r);
-    int64_t chunk = p.first_chunk(r);
-    for (int64_t time = row.begin; time < row.end; time += kChunk) run_chunk(p, w, blocks, row, time, chunk++);
-    if (p.chunk_states && chunk < p.first_chunk(r + 1)) blocks.clear_chunk(p, chunk);
+    const int64_t chunk = p.first_chunk(r), chunks = (row.end - row.begin - 1) / kChunk + 1;
+    for (int64_t i = 0; i < chunks; ++i) run_chunk(p, w, blocks, row, row.begin + i * kChunk, chunk + i);
+    const int64_t unused = chunk + chunks - 1;
+    if (p.chunk_states && unused < p.first_chunk(r + 1)) blocks.clear_chunk(p, unused);
     blocks.unpack_matrix(w.state, p.last_state + r * p.dim * p.dstate);
   }
 }
