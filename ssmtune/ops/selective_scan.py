@@ -69,7 +69,8 @@ def selective_scan(
         cu_seqlens: (n_sequences + 1,) in int32 or int64. Packs sequences one after the other along seqlen, in a batch
             of 1: [0, 5, 12] are sequences of 5 and of 7 steps, each from its own initial state. Where this page says
             batch, initial_state, state_offset, output_offset and last_state then have n_sequences. Its values are
-            checked on the CPU; on a GPU that would have every call wait, so there the caller vouches for them.
+            checked on the CPU, and by the reference anywhere; a kernel on a GPU would have to wait for them at every
+            call, so there the caller vouches for them.
         backend: "cuda", "triton", "cpu" or "reference" to run there or fail, "auto" to choose. By default what
             `ssmtune.backend` or SSMTUNE_BACKEND says, else "auto".
 
