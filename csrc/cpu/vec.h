@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -69,6 +71,8 @@ SSMTUNE_INLINE Vec at_least(Vec x, float bound) {
   return _mm256_max_ps(broadcast(bound), x);
 #elif defined(__SSE2__)
   return _mm_max_ps(broadcast(bound), x);
+#elif defined(__aarch64__)
+  return (Vec)vmaxq_f32((float32x4_t)x, vdupq_n_f32(bound));
 #else
   return select(x < bound, broadcast(bound), x);
 #endif
@@ -80,6 +84,8 @@ SSMTUNE_INLINE Vec at_most(Vec x, float bound) {
   return _mm256_min_ps(broadcast(bound), x);
 #elif defined(__SSE2__)
   return _mm_min_ps(broadcast(bound), x);
+#elif defined(__aarch64__)
+  return (Vec)vminq_f32((float32x4_t)x, vdupq_n_f32(bound));
 #else
   return select(x > bound, broadcast(bound), x);
 #endif
@@ -123,6 +129,8 @@ SSMTUNE_INLINE Vec widen(HalfVec x, Float16) {
   return _mm512_cvtph_ps((__m256i)x);
 #elif defined(__AVX2__) && defined(__F16C__)
   return _mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+  return (Vec)vcvt_f32_f16((float16x4_t)x);
 #else
   const BitVec half = __builtin_convertvector(x, BitVec);
   const BitVec magnitude = half & 0x7fffu;
@@ -137,6 +145,8 @@ SSMTUNE_INLINE HalfVec narrow(Vec x, Float16) {  // to nearest, ties to even
   return (HalfVec)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__) && defined(__F16C__)
   return (HalfVec)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (HalfVec)vcvt_f16_f32((float32x4_t)x);
 #else
   const BitVec sign = bits_of(x) & 0x80000000u;
   const BitVec magnitude = bits_of(x) ^ sign;
@@ -353,9 +363,18 @@ SSMTUNE_INLINE Vec softplus(Vec x, Vec e) {
 SSMTUNE_INLINE Vec softplus(Vec x) { return softplus(x, exp_negative_abs(x)); }
 
 // Rounds subnormal results to zero while it lives: a state that has decayed away must not slow the scan down.
-class FlushSubnormals {
+class [[maybe_unused]] FlushSubnormals {
  public:
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+  FlushSubnormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved_ | uint64_t{1} << 24));
+  }
+  ~FlushSubnormals() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#elif defined(__x86_64__)
   FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON); }
   ~FlushSubnormals() { _mm_setcsr(saved_); }
 
