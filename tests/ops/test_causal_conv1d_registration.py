@@ -59,3 +59,14 @@ def test_meta_tensors(inputs):
     inputs = {name: None if x is None else x.to("meta") for name, x in inputs.items()}
     out, states = causal_conv1d(**inputs, return_final_states=True)
     assert out.shape == inputs["x"].shape and states.shape == (2, 6, 3) and states.device.type == "meta"
+
+
+@pytest.mark.parametrize("bounds", [[1, 9], [0, 5, 5, 9], [0, 12], [0, -3, 9]], ids=str)
+def test_compiled_wrong_cu_seqlens_are_refused(backend, bounds):
+    # a graph cannot look at values: the kernel does
+    x, weight = torch.randn(1, 6, 9), torch.randn(6, 4)
+    function = torch.compile(
+        lambda cu_seqlens: causal_conv1d(x, weight, cu_seqlens=cu_seqlens, backend=backend), backend="aot_eager"
+    )
+    with pytest.raises((ValueError, RuntimeError), match="causal_conv1d: cu_seqlens"):
+        function(torch.tensor(bounds))
