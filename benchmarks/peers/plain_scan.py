@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("plain_scan.cpp")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+# without -ffast-math, which would link start-up code that turns subnormal numbers off in the process that loads it
+LINK = ("-shared", "-fopenmp")
 
 
 def _compiler() -> str | None:
@@ -38,14 +40,16 @@ def library() -> ctypes.CDLL:
     Raises:
         subprocess.CalledProcessError: the compiler failed; its words are in `stderr`.
     """
-    command = [_compiler(), *FLAGS]
+    command = [_compiler(), *COMPILE, *LINK]
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"ssmtune-peers-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / f"plain_scan-{key}.so"
     if not target.exists():
-        partial = folder / f"{target.name}.{os.getpid()}"
-        subprocess.run([*command, str(SOURCE), "-o", str(partial)], check=True, capture_output=True, text=True)
+        compiled, partial = (folder / f"{target.stem}.{os.getpid()}.{kind}" for kind in ("o", "so"))
+        for words in ((*COMPILE, str(SOURCE), "-o", str(compiled)), (*LINK, str(compiled), "-o", str(partial))):
+            subprocess.run([_compiler(), *words], check=True, capture_output=True, text=True)
+        compiled.unlink()
         partial.replace(target)
     return ctypes.CDLL(str(target))
 

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from benchmarks.measure import verify
 from benchmarks.peers import PEERS, plain_scan, usable
@@ -43,3 +44,10 @@ def test_usable_gives_a_reason_for_each_peer_it_leaves_out(monkeypatch):
     assert "plain C++" not in there
     assert "no C++ compiler" in missing["plain C++"]
     assert "mamba_ssm" not in {**there, **missing}
+
+
+def test_loading_the_plain_loops_leaves_subnormal_numbers_on():
+    if plain_scan.why_not() is not None:
+        pytest.skip(plain_scan.why_not())
+    plain_scan.library()
+    assert torch.tensor(1e-40) * 0.5 > 0
