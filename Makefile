@@ -22,7 +22,7 @@ all: $(INSTALLED)
 
 # every method on one small task, on the CPU: tables and pictures in runs/demo
 demo: $(INSTALLED)
-	$(SSMTUNE) compare mamba-5m --preset demo --out runs/demo
+	$(SSMTUNE) compare mamba-5m --task docstring-package --preset demo --out runs/demo
 
 test: $(INSTALLED)
 	$(PY) -m pytest -q

@@ -31,10 +31,9 @@ to a finished comparison. The report is made of the stored results alone.
 exit status: 0 done, 1 no method could be trained, 2 wrong usage or configuration, 130 interrupted
 """
 
-# Both tasks together take a few minutes on two CPU cores.
+# The whole sweep takes a few minutes on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "tasks": ["docstring-package", "docstring-continuation"],
         "steps": 120, "search_steps": 30, "seeds": 2, "batch_size": 8, "lr_factors": [2.0, 8.0, 64.0],
         "limit": {"dev": 64, "test": 256}, "evaluations": 4,
     },
