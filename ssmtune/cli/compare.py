@@ -34,7 +34,7 @@ exit status: 0 done, 1 no method could be trained, 2 wrong usage or configuratio
 # The whole sweep takes a few minutes on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "steps": 120, "search_steps": 30, "seeds": 2, "batch_size": 8, "lr_factors": [2.0, 8.0, 64.0],
+        "steps": 180, "search_steps": 40, "seeds": 2, "batch_size": 8, "lr_factors": [2.0, 8.0, 64.0],
         "limit": {"dev": 64, "test": 256}, "evaluations": 4,
     },
 }
