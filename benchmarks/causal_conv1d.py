@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.call_cases import CallCase
-from benchmarks.measure import GRADIENT_TOLERANCE, VALUE_TOLERANCE, Disagreement, Verified, interleave, verify
+from benchmarks.measure import Disagreement, Verified, interleave, tolerances, verify
 from benchmarks.shapes import MAIN, QUICK, Shape
 from ssmtune.ops import causal_conv1d
 
@@ -73,18 +73,13 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
     except Disagreement as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return 1
-    if csv or not quick:
-        path = csv or results.default_file(environment.device)
-        results.append(path, rows)
-        print(f"{len(rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
+    results.store(environment, rows, quick, csv)
     return 0
 
 
 def _verified(shape: Shape, backward: bool, dtype: torch.dtype) -> list[Verified]:
     right, _ = cases(shape, backward, torch.float64, dtype)["torch"].values()
-    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    tolerances = VALUE_TOLERANCE + rounding, GRADIENT_TOLERANCE + rounding
-    return [verify(case, right, None, *tolerances) for case in cases(shape, backward, dtype, dtype).values()]
+    return [verify(case, right, None, *tolerances(dtype)) for case in cases(shape, backward, dtype, dtype).values()]
 
 
 def _time(rows, environment, shape: Shape, backward: bool, threads: int, verified, seconds: float) -> None:

@@ -24,6 +24,12 @@ WARM_AGAIN_BELOW = 2.0
 """Seconds."""
 
 
+def tolerances(dtype: torch.dtype) -> tuple[float, float]:
+    """Both of them for results in `dtype`, to which a half type is rounded in the end."""
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    return VALUE_TOLERANCE + rounding, GRADIENT_TOLERANCE + rounding
+
+
 class Disagreement(RuntimeError):
     """A case whose results are not those of the same in float64: its speed means nothing."""
 

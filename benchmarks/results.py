@@ -124,6 +124,22 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in asdict(row).values())
 
 
+def store(environment: Environment, rows: list[Row], quick: bool, path: Path | None) -> None:
+    """Append the rows of a run to a file and say so; a quick run is stored only in a file that was named.
+
+    Args:
+        path: None for the file of the device.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if path is None and quick:
+        return
+    path = path or default_file(environment.device)
+    append(path, rows)
+    print(f"{len(rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
+
+
 def read(path: Path) -> list[Row]:
     """All rows of a CSV file.
 

@@ -15,14 +15,13 @@ import torch
 
 from benchmarks import results
 from benchmarks.measure import (
-    GRADIENT_TOLERANCE,
-    VALUE_TOLERANCE,
     Disagreement,
     Summary,
     Times,
     Verified,
     interleave,
     peak_memory,
+    tolerances,
     verify,
 )
 from benchmarks.peers import PEERS, usable
@@ -97,10 +96,7 @@ class Session:
         for spec in specs:
             wanted = {name: value for name, value in right[spec.oracle()].items() if name == "out" or name in spec.wrt}
             try:
-                # a result in a half type is rounded to it
-                rounding = 0 if spec.dtype == torch.float32 else torch.finfo(spec.dtype).eps / 2
-                tolerances = VALUE_TOLERANCE + rounding, GRADIENT_TOLERANCE + rounding
-                entry = verify(self.workers.case(spec), wanted, _looked_at(spec.shape), *tolerances)
+                entry = verify(self.workers.case(spec), wanted, _looked_at(spec.shape), *tolerances(spec.dtype))
             except Disagreement as wrong:
                 self.wrong.append(spec)
                 print(f"error: {wrong}", file=sys.stderr, flush=True)
@@ -247,10 +243,7 @@ def run(
         print(part)
         with Workers() as session.workers:  # processes end, and their memory is free, with each part
             _measure_part(session, part)
-    if csv or not quick:
-        path = csv or results.default_file(environment.device)
-        results.append(path, session.rows)
-        print(f"{len(session.rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
+    results.store(environment, session.rows, quick, csv)
     return 1 if session.wrong else 0
 
 

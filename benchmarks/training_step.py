@@ -145,10 +145,7 @@ def run(quick: bool = False, csv: Path | None = None, backend: str = "cpu") -> i
     except Disagreement as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return 1
-    if csv or not quick:
-        path = csv or results.default_file(environment.device)
-        results.append(path, session.rows)
-        print(f"{len(session.rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
+    results.store(environment, session.rows, quick, csv)
     return 0
 
 

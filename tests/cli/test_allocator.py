@@ -5,7 +5,6 @@ import sys
 import pytest
 
 PROGRAM = """
-import sys
 from ssmtune.cli.allocator import keep_freed_memory
 kept = keep_freed_memory()
 import torch
