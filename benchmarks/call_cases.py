@@ -1,7 +1,7 @@
 """A function made ready to be timed: what it computes is checked against the same in float64 first."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,14 +17,16 @@ class CallCase:
     Args:
         label: what messages call it.
         call: returns the result.
-        inputs: tensors whose gradients are part of the work.
+        inputs: tensors, by name, whose gradients are part of the work.
         gradient: of the result; needed with `inputs`.
+        wait: called at the end of each stage, for a device that works on its own.
     """
 
     label: str
     call: Callable[[], Tensor]
-    inputs: Sequence[Tensor] = ()
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     gradient: Tensor | None = None
+    wait: Callable[[], None] = lambda: None
     _results: list[Tensor] = field(default_factory=list, init=False)
 
     @property
@@ -36,10 +38,12 @@ class CallCase:
         """Forward, then backward where there are inputs, with a yield after each."""
         with torch.set_grad_enabled(bool(self.inputs)):
             out = self.call()
+        self.wait()
         yield
-        gradients: Sequence[Tensor] = ()
+        gradients: tuple[Tensor, ...] = ()
         if self.inputs:
-            gradients = torch.autograd.grad(out, self.inputs, self.gradient)
+            gradients = torch.autograd.grad(out, list(self.inputs.values()), self.gradient)
+            self.wait()
             yield
         self._results = [out.detach(), *gradients]
 
@@ -54,4 +58,4 @@ class CallCase:
             pass
         seconds = time.perf_counter() - start
         results, self._results = self._results, []
-        return {name: value.float() for name, value in zip(("out", *"abc"), results, strict=False)}, seconds
+        return dict(zip(("out", *self.inputs), results, strict=True)), seconds

@@ -46,7 +46,7 @@ def cases(
         return F.silu(out[..., : shape.seqlen])
 
     calls = {"cpu": lambda: causal_conv1d(x, weight, bias, activation="silu"), "torch": torch_conv}
-    wanted = (x, weight, bias) if backward else ()
+    wanted = {"x": x, "weight": weight, "bias": bias} if backward else {}
     return {name: CallCase(f"{name} {OP} of {shape}", call, wanted, dout) for name, call in calls.items()}
 
 

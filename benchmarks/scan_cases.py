@@ -1,6 +1,5 @@
 """One timed selective scan: what is called, on which inputs, for which gradients; and what is right for it."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -8,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Lap, laps
+from benchmarks.call_cases import CallCase
 from benchmarks.peers import PEERS
 from benchmarks.shapes import FROZEN, FULL, ScanInputs, Shape, make_inputs
 
@@ -105,20 +104,23 @@ def forget_inputs() -> None:
     _channels_first.cache_clear()
 
 
-class ScanCase:
+class ScanCase(CallCase):
     """A spec made ready to run."""
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        self.label, self.stages = spec.label, spec.stages
         source = _channels_first if "channels-first" in spec.tags else _inputs
         inputs = source(spec.shape, spec.dtype)
         inputs = inputs.with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
         inputs = inputs.to(spec.device).requiring(spec.wrt)
         self.arguments = inputs.arguments()
-        self.dout = inputs.dout
-        self.leaves = [self.arguments[name] for name in spec.wrt]
-        self.results: list[Tensor] = []
+        super().__init__(
+            spec.label,
+            self.scan,
+            {name: self.arguments[name] for name in spec.wrt},
+            inputs.dout,
+            **({} if spec.device == "cpu" else {"wait": torch.cuda.synchronize}),
+        )
 
     def scan(self) -> Tensor:
         """The call that is timed."""
@@ -128,38 +130,11 @@ class ScanCase:
             return selective_scan(**self.arguments, delta_softplus=True, backend=self.spec.backend)
         return PEERS[self.spec.backend].scan(**self.arguments)
 
-    def run(self) -> Iterator[None]:
-        """Forward, then backward where gradients are asked for, with a yield after each."""
-        with torch.set_grad_enabled(bool(self.leaves)):
-            out = self.scan()
-        self._wait()
-        yield
-        gradients = ()
-        if self.leaves:
-            gradients = torch.autograd.grad(out, self.leaves, self.dout)
-            self._wait()
-            yield
-        self.results = [out.detach(), *gradients]
-
-    def time(self) -> list[Lap]:
-        measured = laps(self.run())
-        self.results = []
-        return measured
-
     def values(self, channels: slice | None = None) -> tuple[dict[str, Tensor], float]:
-        start = time.perf_counter()
-        for _ in self.run():
-            pass
-        seconds = time.perf_counter() - start
-        results, self.results = self.results, []
-        named = dict(zip(("out", *self.spec.wrt), results, strict=True))
+        named, seconds = super().values()
         if channels is not None:
             named = {name: value[:, channels] for name, value in named.items() if name in SEQUENCES}
         return {name: value.float().cpu() for name, value in named.items()}, seconds
-
-    def _wait(self) -> None:
-        if self.spec.device != "cpu":
-            torch.cuda.synchronize()
 
 
 def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
