@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [ROOT / "csrc" / "ops.cpp", *(ROOT / "csrc" / "cpu").rglob("*.cpp")]
+SOURCES = sorted((ROOT / "csrc").rglob("*.cpp"))
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_source_that_does_not_compile(mode, tmp_path):
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "ops.cpp").write_text("int f( {")
+    (tmp_path / "csrc" / "library.cpp").write_text("int f( {")
     (tmp_path / "triton_kernels").mkdir()
     (tmp_path / "ssmtune").mkdir()
     shutil.copy(ROOT / "ssmtune" / "__init__.py", tmp_path / "ssmtune")

@@ -1,0 +1,102 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "gradient.h"
+#include "tasks.h"
+
+namespace ssmtune {
+namespace {
+
+// Packed sequences may have very different lengths: there, tasks are ranges of channels first.
+Partition make_conv_partition(int64_t sequences, int64_t dim, bool packed) {
+  Partition partition = make_partition(packed ? 1 : sequences, dim, dim);
+  if (packed) {
+    partition.batch = sequences;
+    partition.groups = std::min(sequences, std::max<int64_t>(1, 16 / partition.ranges));
+  }
+  return partition;
+}
+
+// `bounds` must outlive the parameters.
+void fill_conv(CausalConv1dParams& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& initial_states, const std::vector<int64_t>& bounds, bool silu) {
+  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "x must have shape (batch, dim, seqlen) and weight (dim, width)");
+  p.dim = x.size(1), p.seqlen = x.size(2), p.width = weight.size(1);
+  check_sizes({x.size(0), p.dim, p.seqlen, p.width});
+  p.bounds = bounds.empty() ? nullptr : bounds.data();
+  const int64_t sequences = p.bounds ? static_cast<int64_t>(bounds.size()) - 1 : x.size(0);
+  p.partition = make_conv_partition(sequences, p.dim, p.bounds);
+  p.x = sequence(x, "x", {x.size(0), p.dim, p.seqlen}, dtype_of(x, "x"));
+  p.weight = contiguous(weight, "weight", {p.dim, p.width});
+  p.bias = contiguous(bias, "bias", {p.dim});
+  p.initial_states = contiguous(initial_states, "initial_states", {sequences, p.dim, p.width - 1});
+  p.silu = silu;
+}
+
+// The states after each sequence; with a width of 1 there are none.
+SequenceTensor final_states(const OptionalTensor& x, const char* name, const CausalConv1dParams& p) {
+  if (!x || p.width == 1) return {};
+  return sequence(x, name, {p.partition.batch, p.dim, p.width - 1}, p.x.dtype);
+}
+
+void causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_states,
+                       const OptionalTensor& cu_seqlens, bool silu, const Tensor& out, const OptionalTensor& final_states_out) {
+  CausalConv1dForward p{};
+  const std::vector<int64_t> bounds = sequence_bounds("causal_conv1d", cu_seqlens, x.size(0), x.size(-1));
+  fill_conv(p, x, weight, bias, initial_states, bounds, silu);
+  p.out = result(out, "out", {x.size(0), p.dim, p.seqlen}, p.x.dtype);
+  p.final_states = final_states(final_states_out, "final_states", p);
+  run(kernels().causal_conv1d_fwd, p, x.size(0) * p.dim * p.seqlen);
+}
+
+void causal_conv1d_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x, const Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& initial_states, const OptionalTensor& cu_seqlens,
+                       bool silu, const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
+                       const OptionalTensor& dinitial_states) {
+  CausalConv1dBackward p{};
+  const std::vector<int64_t> bounds = sequence_bounds("causal_conv1d", cu_seqlens, x.size(0), x.size(-1));
+  fill_conv(p, x, weight, bias, initial_states, bounds, silu);
+  const Shape sequence_shape{x.size(0), p.dim, p.seqlen};
+  p.dout = sequence(dout, "dout", sequence_shape, p.x.dtype);
+  p.dx = result(dx, "dx", sequence_shape, p.x.dtype);
+  p.dfinal_states = final_states(dfinal_states, "dfinal_states", p);
+  p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.partition.batch, p.dim, p.width - 1});
+  Gradient weight_gradient(dweight, "dweight", p.partition, {p.dim, p.width});
+  Gradient bias_gradient(dbias, "dbias", p.partition, {p.dim});
+  p.dweight = weight_gradient.get();
+  p.dbias = bias_gradient.get();
+  run(kernels().causal_conv1d_bwd, p, 2 * x.size(0) * p.dim * p.seqlen);
+  weight_gradient.finish();
+  bias_gradient.finish();
+}
+
+Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
+                            bool silu) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must have shape (batch, dim) and weight (dim, width)");
+  CausalConv1dUpdate p{};
+  p.batch = x.size(0), p.dim = x.size(1), p.width = weight.size(1);
+  check_sizes({p.batch, p.dim, p.width});
+  const Tensor out = torch::stable::new_empty(x, {p.batch, p.dim});
+  p.x = strided(x, "x", {p.batch, p.dim});
+  p.out = strided(out, "out", {p.batch, p.dim});
+  p.state = strided(conv_state, "conv_state", {p.batch, p.dim, p.width - 1});
+  check_not_expanded(conv_state, "conv_state");
+  p.weight = strided(weight, "weight", {p.dim, p.width});
+  if (bias) p.bias = strided(*bias, "bias", {p.dim});
+  p.silu = silu;
+  run_update(kernels().causal_conv1d_update, p, p.batch * p.dim * p.width);
+  return out;
+}
+
+}  // namespace
+}  // namespace ssmtune
+
+STABLE_TORCH_LIBRARY_IMPL(ssmtune_native, CPU, m) {
+  m.impl("causal_conv1d_fwd", TORCH_BOX(&ssmtune::causal_conv1d_fwd));
+  m.impl("causal_conv1d_bwd", TORCH_BOX(&ssmtune::causal_conv1d_bwd));
+  m.impl("causal_conv1d_update", TORCH_BOX(&ssmtune::causal_conv1d_update));
+}
