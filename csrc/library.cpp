@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(ssmtune_native, m) {
       "Tensor(k!)? doutput_offset) -> ()");
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-      "Tensor? dt_bias, bool dt_softplus, Tensor? state_offset, Tensor? output_offset) -> Tensor");
+      "Tensor? dt_bias, bool dt_softplus, Tensor? state_offset, Tensor? output_offset, Tensor? adapter_index) -> Tensor");
   m.def(
       "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? cu_seqlens, bool silu, "
       "Tensor(a!) out, Tensor(b!)? final_states) -> ()");

@@ -26,6 +26,8 @@ struct StateTensor : SequenceTensor {
 struct ChannelParameter {
   const float* data = nullptr;
   int64_t batch_stride = 0;
+
+  const float* row(int64_t r) const { return data ? data + r * batch_stride : nullptr; }
 };
 
 // The gradient of such a parameter. A shared one is written once per batch group, at data + group * group_stride, and the
@@ -119,15 +121,16 @@ struct SelectiveScanBackward : SelectiveScanParams {
 };
 
 struct SelectiveStateUpdate {
-  int64_t batch, dim, dstate;
+  int64_t batch, dim, dstate, groups;
   DType dtype;
   float* state;  // (batch, dim, dstate)
   const void *x, *dt, *z;  // (batch, dim)
-  const void *B, *C;       // (batch, dstate)
+  const void *B, *C;       // (batch, groups, dstate): a group serves dim / groups channels
   const float *A, *D, *dt_bias;
   bool dt_softplus;
   ChannelParameter state_offset, output_offset;
-  void* out;  // (batch, dim)
+  const int64_t* adapter_of_row;  // (batch,): the row of the offsets that each row reads, -1 for none; null for its own
+  void* out;                      // (batch, dim)
 };
 
 struct CausalConv1dParams {

@@ -50,6 +50,26 @@ def check_layout(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def check_integers(op: str, main: str, name: str, tensor: Tensor, device: torch.device, why: str) -> None:
+    """Check that an argument is a tensor of int32 or int64 on the device of the main one; `why` says what it holds."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{op}: {name} is of type {type(tensor).__name__}, expected a tensor or None.\n"
+            f"  The operator works on torch tensors only. Convert it with torch.tensor({name}, dtype=torch.int32)."
+        )
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{op}: {name} has dtype {tensor.dtype}, expected int32 or int64.\n"
+            f"  {why} Cast it, for example with {name}.int()."
+        )
+    check_layout(op, name, tensor)
+    if tensor.device != device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, but {main} is on {device}.\n"
+            f"  All tensors of one call must be on one device. Move it with {name}.to({main}.device)."
+        )
+
+
 def check_dimensions(op: str, name: str, tensor: Tensor, axes: tuple[str, ...]) -> None:
     """Check the number of dimensions of the tensor the sizes are read from, and that none is empty."""
     if tensor.dim() != len(axes):
@@ -84,10 +104,10 @@ def check_shape(
     )
 
 
-def check_groups(op: str, B: Tensor, C: Tensor, sizes: Mapping[str, int]) -> None:
-    """Check that B and C are (batch, dstate, seqlen), or both (batch, groups, dstate, seqlen)."""
-    axes, why = ("batch", "dstate", "seqlen"), "batch and seqlen are those of u, dstate is that of A."
-    if B.dim() == 4:
+def check_groups(op: str, B: Tensor, C: Tensor, axes: tuple[str, ...], sizes: Mapping[str, int], why: str) -> None:
+    """Check that B and C have these axes, as in (batch, dstate), or both have groups too, (batch, groups, dstate)."""
+    without = len(axes)
+    if B.dim() == without + 1:
         sizes, axes, why = (
             {**sizes, "groups": B.shape[1]},
             ("batch", "groups", *axes[1:]),
@@ -99,7 +119,7 @@ def check_groups(op: str, B: Tensor, C: Tensor, sizes: Mapping[str, int]) -> Non
                 f"{op}: B has shape {tuple(B.shape)}, so groups is {B.shape[1]}, expected a divisor of dim = {dim}.\n"
                 "  Each group is read by as many channels as the next. Take as many groups as the model has."
             )
-    if {B.dim(), C.dim()} == {3, 4}:
+    if {B.dim(), C.dim()} == {without, without + 1}:
         raise ValueError(
             f"{op}: C has shape {tuple(C.shape)} and B {tuple(B.shape)}, expected both with groups or both without.\n"
             "  A channel reads the same group of both. Give the other one its groups, or a single one by unsqueeze(1)."
@@ -112,8 +132,6 @@ def _what_to_do(
     op: str, name: str, tensor: Tensor, layouts: tuple[tuple[str, ...], ...], sizes: Mapping[str, int]
 ) -> str:
     shape = tuple(tensor.shape)
-    if name in ("B", "C") and len(shape) == len(layouts[0]) + 1:
-        return f"Groups of channels are not supported; with a single group pass {name}.squeeze(1)."
     if any(sorted(shape) == sorted(sizes[axis] for axis in axes) for axes in layouts):
         return f"The sizes are right in another order: transpose {name}."
     if name in ("initial_state", "state_offset", "output_offset"):

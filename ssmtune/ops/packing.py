@@ -7,7 +7,7 @@
 import torch
 from torch import Tensor
 
-from ssmtune.ops.arguments import check_layout
+from ssmtune.ops.arguments import check_integers
 
 
 def check_cu_seqlens(op: str, main: str, cu_seqlens: Tensor, batch: int, seqlen: int, device: torch.device) -> None:
@@ -16,26 +16,11 @@ def check_cu_seqlens(op: str, main: str, cu_seqlens: Tensor, batch: int, seqlen:
     To read them from a GPU would wait for it on every call, and a compiled graph cannot read them at all: there whoever
     loops over the sequences checks them.
     """
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(
-            f"{op}: cu_seqlens is of type {type(cu_seqlens).__name__}, expected a tensor or None.\n"
-            "  The operator works on torch tensors only. Convert it with torch.tensor(cu_seqlens, dtype=torch.int32)."
-        )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64.\n"
-            "  Its values are positions along seqlen. Cast it, for example with cu_seqlens.int()."
-        )
-    check_layout(op, "cu_seqlens", cu_seqlens)
+    check_integers(op, main, "cu_seqlens", cu_seqlens, device, "Its values are positions along seqlen.")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n_sequences + 1,), 2 values or more.\n"
             "  It holds where each sequence starts and where the last one ends. Pass [0, seqlen] for a single one."
-        )
-    if cu_seqlens.device != device:
-        raise ValueError(
-            f"{op}: cu_seqlens is on {cu_seqlens.device}, but {main} is on {device}.\n"
-            f"  All tensors of one call must be on one device. Move it with cu_seqlens.to({main}.device)."
         )
     if batch != 1:
         raise ValueError(

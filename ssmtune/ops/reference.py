@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmtune.ops.adapters import offset_of_rows
 from ssmtune.ops.packing import sequence_bounds
 
 ALONG_STEPS = ("u", "delta", "B", "C", "z", "dout")
@@ -143,6 +144,7 @@ def selective_state_update_reference(
     *,
     state_offset: Tensor | None = None,
     output_offset: Tensor | None = None,
+    adapter_index: Tensor | None = None,
 ) -> Tensor:
     """Advance `state` in place by one step of the recurrence.
 
@@ -152,10 +154,14 @@ def selective_state_update_reference(
     Returns:
         out (batch, dim) in the dtype of x.
     """
+    if adapter_index is not None:
+        state_offset, output_offset = (
+            None if stack is None else offset_of_rows(stack, adapter_index) for stack in (state_offset, output_offset)
+        )
     out, last_state = selective_scan_reference(
-        *(tensor.unsqueeze(2) for tensor in (x, dt)),
+        *(tensor.unsqueeze(-1) for tensor in (x, dt)),
         A,
-        *(tensor.unsqueeze(2) for tensor in (B, C)),
+        *(tensor.unsqueeze(-1) for tensor in (B, C)),
         D,
         None if z is None else z.unsqueeze(2),
         dt_bias,

@@ -64,12 +64,14 @@ def selective_state_update(
     dt_softplus: bool,
     state_offset: Tensor | None,
     output_offset: Tensor | None,
+    adapter_index: Tensor | None,
 ) -> Tensor:
     """Advance the state by one step."""
     return reference.selective_state_update_reference(
         *(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus),
         state_offset=state_offset,
         output_offset=output_offset,
+        adapter_index=adapter_index,
     )
 
 

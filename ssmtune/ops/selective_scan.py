@@ -107,7 +107,8 @@ def selective_scan(
     for name, layouts in _LAYOUTS.items():
         why = "batch, dim and seqlen are those of u, dstate is that of A."
         arguments.check_shape(op, name, tensors[name], layouts, sizes, why)
-    arguments.check_groups(op, B, C, sizes)
+    why = "batch and seqlen are those of u, dstate is that of A."
+    arguments.check_groups(op, B, C, ("batch", "dstate", "seqlen"), sizes, why)
     rows, why = "batch", "batch and dim are those of u, dstate is that of A."
     if cu_seqlens is not None:
         packing.check_cu_seqlens(op, "u", cu_seqlens, batch, seqlen, u.device)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ssmtune.ops import arguments, backends
+from ssmtune.ops import adapters, arguments, backends
 from ssmtune.ops.decoding import call_directly, check_overwritten
 from ssmtune.ops.selective_state_update_op import selective_state_update as update
 
@@ -11,11 +11,11 @@ _LAYOUTS = {
     "x": (("batch", "dim"),),
     "dt": (("batch", "dim"),),
     "A": (("dim", "dstate"),),
-    "B": (("batch", "dstate"),),
-    "C": (("batch", "dstate"),),
     "D": (("dim",),),
     "z": (("batch", "dim"),),
     "dt_bias": (("dim",),),
+}
+_OFFSETS = {
     "state_offset": (("dim", "dstate"), ("batch", "dim", "dstate")),
     "output_offset": (("dim",), ("batch", "dim")),
 }
@@ -35,6 +35,7 @@ def selective_state_update(
     *,
     state_offset: Tensor | None = None,
     output_offset: Tensor | None = None,
+    adapter_index: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Advance the state of the selective scan by one step, in place.
@@ -50,14 +51,19 @@ def selective_state_update(
         x: (batch, dim). The input, in float32, bfloat16 or float16; float64 runs on the reference.
         dt: (batch, dim). The step, before `dt_bias` and softplus.
         A: (dim, dstate). Negative.
-        B: (batch, dstate).
-        C: (batch, dstate).
+        B: (batch, dstate), or (batch, groups, dstate): each of the groups, which divide dim, serves as many channels.
+        C: (batch, dstate), or (batch, groups, dstate) with the groups of B.
         D: (dim,).
         z: (batch, dim). The gate.
         dt_bias: (dim,). Added to dt.
         dt_softplus: whether to take the softplus of dt.
-        state_offset: (dim, dstate) shared by the batch, or (batch, dim, dstate).
-        output_offset: (dim,) shared by the batch, or (batch, dim).
+        state_offset: (dim, dstate) shared by the batch, or (batch, dim, dstate); with `adapter_index` (n_adapters,
+            dim, dstate).
+        output_offset: (dim,) shared by the batch, or (batch, dim); with `adapter_index` (n_adapters, dim).
+        adapter_index: (batch,) in int32 or int64. The offsets are then stacks, of which row b reads the entry
+            adapter_index[b]; -1 stands for no offset. The stacks are float32 with contiguous entries, so that no call
+            copies them. Values are checked on the CPU; a GPU would have to be waited for, and one out of range there
+            reads no offset.
         backend: "cuda", "triton", "cpu" or "reference" to run there or fail, "auto" to choose. By default what
             `ssmtune.backend` or SSMTUNE_BACKEND says, else "auto".
 
@@ -65,13 +71,14 @@ def selective_state_update(
         out (batch, dim) in the dtype of x.
 
     Raises:
-        TypeError: an argument is not a tensor, or not a real floating-point one.
-        ValueError: a wrong shape, different devices, an empty batch, an expanded state, or an unknown backend.
+        TypeError: an argument is not a tensor, or not a real floating-point one (`adapter_index`: int32 or int64).
+        ValueError: a wrong shape, different devices, an empty batch, an expanded state, groups that do not divide dim,
+            an `adapter_index` out of range or without offsets, or an unknown backend.
         RuntimeError: a tensor requires a gradient while gradients are recorded, or the backend asked for cannot run
             the call.
     """
     op = "selective_state_update"
-    args = state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_offset, output_offset
+    args = state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_offset, output_offset, adapter_index
     out = call_directly(op, x, backend, args)
     if out is not None:
         return out
@@ -92,8 +99,12 @@ def selective_state_update(
     arguments.check_dimensions(op, "state", state, ("batch", "dim", "dstate"))
     batch, dim, dstate = state.shape
     sizes = {"batch": batch, "dim": dim, "dstate": dstate}
-    for name, layouts in _LAYOUTS.items():
-        arguments.check_shape(op, name, tensors[name], layouts, sizes, "batch, dim and dstate are those of state.")
+    why = "batch, dim and dstate are those of state."
+    for name, layouts in (_LAYOUTS if adapter_index is not None else _LAYOUTS | _OFFSETS).items():
+        arguments.check_shape(op, name, tensors[name], layouts, sizes, why)
+    arguments.check_groups(op, B, C, ("batch", "dstate"), sizes, why)
+    if adapter_index is not None:
+        adapters.check_adapters(op, "state", adapter_index, tensors, sizes)
     instead = "selective_scan on a sequence of length 1\n  with initial_state=state and return_last_state=True"
     check_overwritten(op, "state", tensors, instead)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssmtune.ops.adapters import check_values
 from ssmtune.ops.backends import implementation
 from ssmtune.ops.layout import contiguous
 from ssmtune.ops.reference import compute_dtype
@@ -10,7 +11,7 @@ from ssmtune.ops.reference import compute_dtype
 torch.library.define(
     "ssmtune::selective_state_update",
     "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "bool dt_softplus, Tensor? state_offset, Tensor? output_offset, str backend) -> Tensor",
+    "bool dt_softplus, Tensor? state_offset, Tensor? output_offset, Tensor? adapter_index, str backend) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -21,7 +22,13 @@ def _fake(state, x, *args) -> Tensor:
 
 
 @torch.library.impl("ssmtune::selective_state_update", "CompositeExplicitAutograd")
-def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, output_offset, backend) -> Tensor:
+def _update(
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, output_offset, adapter_index, backend
+) -> Tensor:
+    if adapter_index is None:
+        state_offset, output_offset = (contiguous(offset, compute_dtype(x)) for offset in (state_offset, output_offset))
+    else:
+        check_values("selective_state_update", adapter_index, state_offset, output_offset)
     dtype, wide = x.dtype, compute_dtype(x)
     work = contiguous(state, wide)
     out = implementation(backend).selective_state_update(
@@ -35,8 +42,9 @@ def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_offset, out
         contiguous(z, dtype),
         contiguous(dt_bias, wide),
         dt_softplus,
-        contiguous(state_offset, wide),
-        contiguous(output_offset, wide),
+        state_offset,
+        output_offset,
+        None if adapter_index is None else adapter_index.contiguous(),
     )
     if work is not state:
         state.copy_(work)

@@ -129,7 +129,7 @@ def mutated(draw, value):
 
 
 @st.composite
-def calls(draw, axes, flags, packable):
+def calls(draw, axes, flags, packable=False, stackable=False):
     sizes = {axis: draw(st.sampled_from(values)) for axis, values in SIZES.items()}
     packed = packable and draw(st.booleans())
     arguments = {}
@@ -141,14 +141,22 @@ def calls(draw, axes, flags, packable):
     sizes["sequences"] = sizes["rows"] = len(bounds) - 1 if packed else sizes["batch"]
     sizes["context"] = sizes["width"] - 1
     main = draw(st.sampled_from(FLOATS))
+    stacked = stackable and draw(st.booleans())
+    if stacked:
+        sizes["rows"] = draw(st.integers(1, 4))
+        index = [draw(st.integers(-1, sizes["rows"] - 1)) for _ in range(sizes["batch"])]
+        arguments["adapter_index"] = torch.tensor(index, dtype=draw(st.sampled_from((torch.int32, torch.int64))))
+        main = draw(st.sampled_from([dtype for dtype in FLOATS if dtype != torch.float64]))
     for name, shape in axes.items():
         if name in OPTIONAL and draw(st.booleans()):
             continue
-        if name in SHARABLE and draw(st.booleans()):
+        if name in SHARABLE and not stacked and draw(st.booleans()):
             shape = shape[1:]
-        if name in ("B", "C") and len(shape) == 3 and draw(st.integers(0, 3)) == 0:
+        if name in ("B", "C") and draw(st.integers(0, 3)) == 0:
             shape = (shape[0], draw(st.sampled_from(("one", "dim"))), *shape[1:])
         dtype = main if draw(st.integers(0, 4)) else draw(st.sampled_from(FLOATS))
+        if stacked and name in SHARABLE and draw(st.integers(0, 9)):
+            dtype = torch.float32
         arguments[name] = draw(tensors([1 if axis == "one" else sizes[axis] for axis in shape], dtype, name))
     for flag in flags:
         arguments[flag] = draw(st.sampled_from((False, True)))
@@ -162,6 +170,8 @@ def calls(draw, axes, flags, packable):
         elif name == "cu_seqlens" and draw(st.booleans()):
             values = draw(st.lists(st.integers(-2, 70), max_size=5))
             arguments[name] = torch.tensor(values, dtype=torch.int64)
+        elif name == "adapter_index" and draw(st.booleans()):
+            arguments[name] = torch.tensor([draw(st.sampled_from((-(2**62), -2, 0, 4, 2**40)))] * sizes["batch"])
         elif name not in flags:
             arguments[name] = draw(mutated(arguments[name]))
     if draw(st.integers(0, 3)) == 0:
@@ -236,7 +246,7 @@ def successes():
 
 
 @fuzz
-@given(call=calls(SCAN, ("delta_softplus", "return_last_state"), True))
+@given(call=calls(SCAN, ("delta_softplus", "return_last_state"), packable=True))
 def test_selective_scan(successes, call):
     def expect(arguments):
         both = arguments.pop("return_last_state")
@@ -247,7 +257,7 @@ def test_selective_scan(successes, call):
 
 
 @fuzz
-@given(call=calls(CONV, ("return_final_states",), True))
+@given(call=calls(CONV, ("return_final_states",), packable=True))
 def test_causal_conv1d(successes, call):
     def expect(arguments):
         both = arguments.pop("return_final_states")
@@ -258,7 +268,7 @@ def test_causal_conv1d(successes, call):
 
 
 @fuzz
-@given(call=calls(UPDATE, ("dt_softplus",), False))
+@given(call=calls(UPDATE, ("dt_softplus",), stackable=True))
 def test_selective_state_update(successes, call):
     def expect(arguments):
         return [reference.selective_state_update_reference(**arguments)]
@@ -267,7 +277,7 @@ def test_selective_state_update(successes, call):
 
 
 @fuzz
-@given(call=calls(CONV_UPDATE, (), False))
+@given(call=calls(CONV_UPDATE, ()))
 def test_causal_conv1d_update(successes, call):
     def expect(arguments):
         return [reference.causal_conv1d_update_reference(**arguments)]

@@ -74,8 +74,10 @@ def test_opcheck_selective_scan_packed(scan_inputs, backend, per_row, groups):
     opcheck(torch.ops.ssmtune.selective_scan_fwd, (*(x.requires_grad_() for x in inputs.values()), *args))
 
 
-def test_opcheck_selective_state_update(update_inputs, backend):
-    args = (*update_inputs.values(), None, None, True, torch.randn(6, 4), None, backend)
+@pytest.mark.parametrize("adapter_index", [None, torch.tensor([1, -1])], ids=["shared", "adapters"])
+def test_opcheck_selective_state_update(update_inputs, backend, adapter_index):
+    offset = torch.randn(6, 4) if adapter_index is None else torch.randn(3, 6, 4)
+    args = (*update_inputs.values(), None, None, True, offset, None, adapter_index, backend)
     opcheck(torch.ops.ssmtune.selective_state_update, args)
 
 

@@ -26,19 +26,23 @@ STATE_UPDATE = {
         for name in ("state_ptr", "A_ptr", "D_ptr", "dt_bias_ptr", "state_offset_ptr", "output_offset_ptr")
     },
     **{name: "*{dtype}" for name in ("x_ptr", "dt_ptr", "B_ptr", "C_ptr", "z_ptr", "out_ptr")},
-    **{name: "i32" for name in ("dim", "dstate", "stride_state_offset_batch", "stride_output_offset_batch")},
+    **{
+        name: "i32"
+        for name in ("dim", "dstate", "group_size", "n_adapters", "stride_state_offset", "stride_output_offset")
+    },
+    "adapter_index_ptr": "*i64",
 }
-OPTIONAL = ("D_ptr", "z_ptr", "dt_bias_ptr", "state_offset_ptr", "output_offset_ptr")
+OPTIONAL = ("D_ptr", "z_ptr", "dt_bias_ptr", "state_offset_ptr", "output_offset_ptr", "adapter_index_ptr")
 
 
 def cases():
     """Yields (label, kernel, signature, constants)."""
     for dtype in ("fp32", "bf16", "fp16"):
         signature = {name: kind.format(dtype=dtype) for name, kind in STATE_UPDATE.items()}
-        for dstate, block_d in ((16, 32), (128, 4)):
-            constants = {"DT_SOFTPLUS": True, "BLOCK_D": block_d, "BLOCK_N": dstate}
-            yield f"{dtype}-N{dstate}", selective_state_update_fwd_kernel, signature, constants
-    constants = {"DT_SOFTPLUS": False, "BLOCK_D": 32, "BLOCK_N": 16, **dict.fromkeys(OPTIONAL)}
+        for dstate, block_d, grouped in ((16, 32, False), (128, 4, False), (256, 2, False), (16, 32, True)):
+            constants = {"DT_SOFTPLUS": True, "GROUPED": grouped, "BLOCK_D": block_d, "BLOCK_N": dstate}
+            yield f"{dtype}-N{dstate}{'-grouped' * grouped}", selective_state_update_fwd_kernel, signature, constants
+    constants = {"DT_SOFTPLUS": False, "GROUPED": False, "BLOCK_D": 32, "BLOCK_N": 16, **dict.fromkeys(OPTIONAL)}
     yield "fp32-N16-plain", selective_state_update_fwd_kernel, signature, constants
 
 

@@ -14,11 +14,13 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
   const T* const delta = static_cast<const T*>(p.dt) + row * p.dim;
   const T* const z = p.z ? static_cast<const T*>(p.z) + row * p.dim : nullptr;
   T* const out = static_cast<T*>(p.out) + row * p.dim;
-  const T* const B = static_cast<const T*>(p.B) + row * p.dstate;
-  const T* const C = static_cast<const T*>(p.C) + row * p.dstate;
+  const T* const B = static_cast<const T*>(p.B) + row * p.groups * p.dstate;
+  const T* const C = static_cast<const T*>(p.C) + row * p.groups * p.dstate;
+  const int64_t group_size = p.dim / p.groups;
   float* const state = p.state + row * p.dim * p.dstate;
-  const float* const state_offset = p.state_offset.data ? p.state_offset.data + row * p.state_offset.batch_stride : nullptr;
-  const float* const output_offset = p.output_offset.data ? p.output_offset.data + row * p.output_offset.batch_stride : nullptr;
+  const int64_t adapter = p.adapter_of_row ? p.adapter_of_row[row] : row;
+  const float* const state_offset = adapter < 0 ? nullptr : p.state_offset.row(adapter);
+  const float* const output_offset = adapter < 0 ? nullptr : p.output_offset.row(adapter);
 
   for (int64_t channel = begin; channel < end; channel += kLanes) {
     const int64_t lanes = end - channel < kLanes ? end - channel : kLanes;
@@ -33,14 +35,16 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
     Vec sums[kLanes] = {};
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t first = (channel + i) * p.dstate;
+      // one group is the usual case, and a division takes as long as a state
+      const int64_t group = p.groups == 1 ? 0 : (channel + i) / group_size * p.dstate;
       for (int64_t n = 0; n < p.dstate; n += kLanes) {
         const int64_t states = p.dstate - n < kLanes ? p.dstate - n : kLanes;
         const Vec exponent = at_most(load_first(p.A + first + n, states) * dt_of[i], 127.0f);
         Vec h = load_first(state + first + n, states);
-        h = exp2(exponent) * h + load_first(B + n, states) * dtx_of[i];
+        h = exp2(exponent) * h + load_first(B + group + n, states) * dtx_of[i];
         store_first(state + first + n, h, states);
         if (state_offset) h += load_first(state_offset + first + n, states);
-        sums[i] += h * load_first(C + n, states);
+        sums[i] += h * load_first(C + group + n, states);
       }
     }
     Vec y = sum_each(sums);
