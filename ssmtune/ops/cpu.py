@@ -7,7 +7,7 @@ tensors that are dense along dim or seqlen, and everything else contiguous in fl
 import torch
 from torch import Tensor
 
-from ssmtune.ops.layout import contiguous, dense_axis
+from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
 
 CHUNK_SIZE = 64
 CHANNEL_BLOCK = 16
@@ -34,7 +34,7 @@ def selective_scan_forward(
 ) -> None:
     """Run the scan."""
     torch.ops.ssmtune_native.selective_scan_fwd(
-        *_scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states
+        *scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states
     )
 
 
@@ -49,9 +49,9 @@ def selective_scan_backward(
 ) -> None:
     """Run the scan backward."""
     torch.ops.ssmtune_native.selective_scan_bwd(
-        _sequence(dout, inputs[0].dtype),
-        _parameter(dlast_state),
-        *_scan_inputs(*inputs),
+        sequence(dout, inputs[0].dtype),
+        parameter(dlast_state),
+        *scan_inputs(*inputs),
         cu_seqlens,
         chunk_states,
         delta_softplus,
@@ -68,7 +68,7 @@ def causal_conv1d_forward(
     inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor, final_states: Tensor | None
 ) -> None:
     """Run the convolution."""
-    torch.ops.ssmtune_native.causal_conv1d_fwd(*_conv_inputs(*inputs), silu, out, final_states)
+    torch.ops.ssmtune_native.causal_conv1d_fwd(*conv_inputs(*inputs), silu, out, final_states)
 
 
 def causal_conv1d_backward(
@@ -81,60 +81,14 @@ def causal_conv1d_backward(
     """Run the convolution backward."""
     x = inputs[0]
     torch.ops.ssmtune_native.causal_conv1d_bwd(
-        torch.zeros_like(x) if dout is None else _sequence(dout, x.dtype),
-        _sequence(dfinal_states, x.dtype),
-        *_conv_inputs(*inputs),
+        torch.zeros_like(x) if dout is None else sequence(dout, x.dtype),
+        sequence(dfinal_states, x.dtype),
+        *conv_inputs(*inputs),
         silu,
         *gradients,
     )
 
 
-def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d_update(*args) -> Tensor:
     """Advance the state of the convolution by one step."""
-    weight, bias, state = (
-        tensor.float() if tensor is not None and tensor.dtype == torch.float64 else tensor
-        for tensor in (weight, bias, conv_state)
-    )
-    out = torch.ops.ssmtune_native.causal_conv1d_update(x, state, weight, bias, silu)
-    if state is not conv_state:
-        conv_state.copy_(state)
-    return out
-
-
-def _sequence(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else dense_axis(x if x.dtype == dtype else x.to(dtype))
-
-
-def _parameter(x: Tensor | None) -> Tensor | None:
-    return contiguous(x, torch.float32)
-
-
-def _scan_inputs(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    state_offset: Tensor | None,
-    output_offset: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    return (
-        dense_axis(u),
-        _sequence(delta, u.dtype),
-        _parameter(A),
-        _sequence(B, u.dtype),
-        _sequence(C, u.dtype),
-        _parameter(D),
-        _sequence(z, u.dtype),
-        *(_parameter(tensor) for tensor in (delta_bias, initial_state, state_offset, output_offset)),
-    )
-
-
-def _conv_inputs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return dense_axis(x), _parameter(weight), _parameter(bias), _parameter(initial_states), cu_seqlens
+    return update_in_float32(torch.ops.ssmtune_native.causal_conv1d_update, *args)
