@@ -1,0 +1,76 @@
+"""CUDA sources compiled for the CPU with the emulator, once for each state of them, into build/emulated."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EMULATOR = Path(__file__).with_name("emulator")
+CACHE = ROOT / "build" / "emulated"
+FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=fast")
+SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def compile_library(name: str, sources: list[Path], sanitize: bool = False) -> Path:
+    """Compile CUDA sources and the emulator into a library, side by side, and link them; skips without a compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    flags = [*FLAGS, *(("-O1", *SANITIZE) if sanitize else ("-O2",)), f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+    read = sorted({*EMULATOR.iterdir(), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir(), *sources})
+    state = hashlib.sha256(repr((compiler, flags, sources)).encode())
+    for path in read:
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            state.update(path.read_bytes())
+    library = CACHE / f"{name}-{state.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(f"{name}-*"):
+        old.unlink()
+    objects = {library.with_suffix(f".{i}.o"): path for i, path in enumerate([EMULATOR / "emulator.cpp", *sources])}
+    running = [
+        subprocess.Popen([compiler, *flags, "-x", "c++", "-c", path, "-o", target], stderr=subprocess.PIPE, text=True)
+        for target, path in objects.items()
+    ]
+    for process in running:
+        messages = process.communicate()[1]
+        assert process.returncode == 0, messages
+    unfinished = library.with_suffix(".new")
+    subprocess.run([compiler, *flags, "-shared", *objects, "-o", unfinished], check=True)
+    for path in objects:
+        path.unlink()
+    unfinished.replace(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> Callable[..., Path]:
+    """`emulated_library(name, sources, sanitize=False)`, the path of a library of CUDA sources compiled for the CPU."""
+    return compile_library
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> Callable[..., subprocess.CompletedProcess]:
+    """`sanitized(arguments)` runs Python with the runtime of AddressSanitizer, which has to be loaded before it."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        compiler = os.environ.get("CXX", "g++")
+        names = ("libasan.so", "libubsan.so", "libstdc++.so")
+        ask = [[compiler, f"-print-file-name={name}"] for name in names]
+        runtimes = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in ask]
+        if not all(Path(runtime).is_absolute() for runtime in runtimes):
+            pytest.skip(f"{compiler} has no AddressSanitizer")
+        # Python leaks at exit by design, and by itself puts small objects side by side
+        settings = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+        environment = {**os.environ, **settings}
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+    return run
