@@ -50,7 +50,7 @@ struct Row {
 };
 
 // The forward scan keeps one state every kChunk steps; the backward scan recomputes the steps between.
-inline constexpr int64_t kChunk = 64;
+inline constexpr int64_t kChunk = 32;
 // Channels of chunk_states are padded to a multiple of this.
 inline constexpr int64_t kChannelPadding = 16;
 // States are worked on in groups of this many; missing ones are padded with zeros.

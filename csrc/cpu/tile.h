@@ -85,12 +85,14 @@ SSMTUNE_INLINE void finish_rows(const SequenceTensor& x, const TilePosition& at,
 template <int kTensors>
 class Prefetch {
  public:
-  // The tile `at` of tensors that may be missing. A position without lanes is none.
-  Prefetch(const SequenceTensor* const (&tensors)[kTensors], const TilePosition& at) {
+  // The tile `at` of tensors that may be missing, and memory read or written from `block` on. A position without lanes is
+  // none, and so is a null block.
+  Prefetch(const SequenceTensor* const (&tensors)[kTensors], const TilePosition& at, const float* block = nullptr) {
+    lines_[kTensors] = block ? Lines{reinterpret_cast<const char*>(block), kLine, kLine, 0} : none();
     for (int i = 0; i < kTensors; ++i) {
       const SequenceTensor& x = *tensors[i];
       if (!x.data || at.lanes <= 0) {
-        lines_[i] = {reinterpret_cast<const char*>(this), 0, 0, 0};
+        lines_[i] = none();
         continue;
       }
       const int64_t size = x.dtype == DType::kFloat32 ? 4 : 2, stride = x.stride * size;
@@ -107,8 +109,7 @@ class Prefetch {
 
   SSMTUNE_INLINE void step(int64_t t) {
     SSMTUNE_UNROLL
-    for (int i = 0; i < kTensors; ++i) {
-      Lines& lines = lines_[i];
+    for (Lines& lines : lines_) {
       __builtin_prefetch(lines.next);
       lines.next += (t & lines.mask) == lines.mask ? lines.outer : lines.inner;
     }
@@ -121,7 +122,9 @@ class Prefetch {
     int64_t inner, outer;  // to the next line; and after every mask + 1 lines
     int64_t mask;
   };
-  Lines lines_[kTensors];
+  Lines none() const { return {reinterpret_cast<const char*>(this), 0, 0, 0}; }
+
+  Lines lines_[kTensors + 1];
 };
 
 // A (channels, columns) matrix is a sequence of its columns with the columns next to each other.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
 
-CHUNK_SIZE = 64
+CHUNK_SIZE = 32
 CHANNEL_BLOCK = 16
 
 

@@ -73,14 +73,9 @@ SSMTUNE_INLINE void add_to_sums(float* sums, Vec first_four, Vec last_four) {
   }
 }
 
-// The forward recurrence over again for kStates states from n on, keeping a and h of every step; dC; and, if it is wanted,
-// the output without its terms in u and output_offset.
-template <bool kOutput, bool kOffset>
+// The forward recurrence over again for kStates states from n on, keeping a and h of every step.
 __attribute__((noinline)) void recompute(const Tile& tile, const Workspace& w, int64_t n) {
   const float* const A = tile.A + n * kLanes;
-  const float* const offset = kOffset ? tile.offset + n * kLanes : nullptr;
-  const int64_t dC_stride = tile.padded_states / kStates * kSumFloats;
-  float* dC = w.dC ? w.dC + n / kStates * kSumFloats : nullptr;
   float *decay = w.decay, *state = w.state;
   const bool first = n == 0;
 
@@ -92,10 +87,31 @@ __attribute__((noinline)) void recompute(const Tile& tile, const Workspace& w, i
   }
   for (int64_t t = 0; t < tile.steps; ++t) {
     if (first) tile.inputs->step(t);
-    const Vec dt = load(w.dt + t * kLanes), dtu = load(w.dtu + t * kLanes), dy = load(w.dy + t * kLanes);
-    const float *const B = tile.B[t] + n, *const C = tile.C[t] + n;
+    const Vec dt = load(w.dt + t * kLanes), dtu = load(w.dtu + t * kLanes);
+    const float* const B = tile.B[t] + n;
     state += kStates * kLanes;
-    Vec y = kOutput && !first ? load(w.y + t * kLanes) : Vec{};
+    SSMTUNE_UNROLL
+    for (int i = 0; i < kStates; ++i) {
+      const Vec a = exp2(dt * load(A + i * kLanes));
+      h[i] = a * h[i] + dtu * B[i];
+      store(decay + i * kLanes, a);
+      store(state + i * kLanes, h[i]);
+    }
+    decay += kStates * kLanes;
+  }
+}
+
+// What is read from the states that recompute kept: dC and, if it is wanted, the output without its terms in u and
+// output_offset. Apart from the recurrence, whose long chains of dependent instructions leave no room for more.
+template <bool kOutput, bool kOffset>
+__attribute__((noinline)) void read_out(const Tile& tile, const Workspace& w, int64_t n) {
+  const float* const offset = kOffset ? tile.offset + n * kLanes : nullptr;
+  const int64_t dC_stride = tile.padded_states / kStates * kSumFloats;
+  float* const dC = w.dC ? w.dC + n / kStates * kSumFloats : nullptr;
+  for (int64_t t = 0; t < tile.steps; ++t) {
+    const float *const state = w.state + (t + 1) * kStates * kLanes, *const C = tile.C[t] + n;
+    const Vec dy = load(w.dy + t * kLanes);
+    Vec y[2] = {kOutput && n ? load(w.y + t * kLanes) : Vec{}, Vec{}};
     Vec sums[2];
     SSMTUNE_UNROLL
     for (int four = 0; four < 2; ++four) {
@@ -103,18 +119,13 @@ __attribute__((noinline)) void recompute(const Tile& tile, const Workspace& w, i
       SSMTUNE_UNROLL
       for (int k = 0; k < 4; ++k) {
         const int i = 4 * four + k;
-        const Vec a = exp2(dt * load(A + i * kLanes));
-        h[i] = a * h[i] + dtu * B[i];
-        store(decay + i * kLanes, a);
-        store(state + i * kLanes, h[i]);
-        const Vec seen = kOffset ? h[i] + load(offset + i * kLanes) : h[i];
+        const Vec h = load(state + i * kLanes), seen = kOffset ? h + load(offset + i * kLanes) : h;
         terms[k] = dy * seen;
-        if constexpr (kOutput) y += seen * C[i];
+        if constexpr (kOutput) y[k % 2] += seen * C[i];
       }
       sums[four] = sum_four(terms);
     }
-    decay += kStates * kLanes;
-    if constexpr (kOutput) store(w.y + t * kLanes, y);
+    if constexpr (kOutput) store(w.y + t * kLanes, y[0] + y[1]);
     if (dC) add_to_sums(dC + t * dC_stride, sums[0], sums[1]);
   }
 }
@@ -127,9 +138,10 @@ __attribute__((noinline)) void reverse(const Tile& tile, const Workspace& w, int
   float* const dB = w.dB ? w.dB + n / kStates * kSumFloats : nullptr;
   const bool first = n == 0;
 
-  Vec carry[kStates], dA[kStates];
+  Vec carry[kStates], dA[kStates], decay_rate[kStates];
   SSMTUNE_UNROLL
   for (int i = 0; i < kStates; ++i) {
+    decay_rate[i] = load(A + i * kLanes);
     carry[i] = load(tile.carry + (n + i) * kLanes);
     if constexpr (kGradA) dA[i] = load(tile.dA + (n + i) * kLanes);
   }
@@ -152,7 +164,7 @@ __attribute__((noinline)) void reverse(const Tile& tile, const Workspace& w, int
         sum_input += adjoint * B[i];
         carry[i] = adjoint * load(decay + i * kLanes);
         const Vec q = carry[i] * load(previous + i * kLanes);
-        sum_decay += q * load(A + i * kLanes);
+        sum_decay += q * decay_rate[i];
         if constexpr (kGradA) dA[i] += q * dt;
       }
       sums[four] = sum_four(terms);
@@ -171,7 +183,8 @@ __attribute__((noinline)) void reverse(const Tile& tile, const Workspace& w, int
 template <bool kOutput, bool kOffset, bool kGradA>
 void scan(const Tile& tile, const Workspace& w) {
   for (int64_t n = 0; n < tile.padded_states; n += kStates) {
-    recompute<kOutput, kOffset>(tile, w, n);
+    recompute(tile, w, n);
+    if (kOutput || w.dC) read_out<kOutput, kOffset>(tile, w, n);
     reverse<kGradA>(tile, w, n);
   }
 }
@@ -322,10 +335,12 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{row.batch, blocks.channel(i), blocks.lanes(i), time, steps};
     const int64_t matrix = i * blocks.matrix_size();
-    Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(row, at, i + 1, -kChunk));
+    const bool first = time == row.begin;
+    const float* const next_state = first || i + 1 == blocks.count() ? nullptr : blocks.chunk_state(p, chunk - 1, i + 1);
+    Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(row, at, i + 1, -kChunk), next_state);
     Prefetch<3> outputs({&p.du, &p.ddelta, &p.dz}, at);
     const Tile tile{steps, p.padded_states(), w.A + matrix, w.offset ? w.offset + matrix : nullptr, B, C,
-                    state_before(p, w, blocks, i, time == row.begin, chunk), w.carry + matrix, w.dA ? w.dA + matrix : nullptr,
+                    state_before(p, w, blocks, i, first, chunk), w.carry + matrix, w.dA ? w.dA + matrix : nullptr,
                     &inputs, &outputs};
     switch (rows_dtype({&p.u, &p.delta, &p.z, &p.dout, &p.du, &p.ddelta, &p.dz}, at)) {
       case DType::kFloat32: run_block<float>(p, w, blocks, i, at, scan, tile); break;

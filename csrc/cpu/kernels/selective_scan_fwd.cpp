@@ -127,15 +127,14 @@ void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelB
   const StateRows C = state_rows(p, p.C, blocks.section(), row.batch, time, steps, w.C);
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{row.batch, blocks.channel(i), blocks.lanes(i), time, steps};
-    Prefetch<4> next({&p.u, &p.delta, &p.z, &p.out}, blocks.next_tile(row, at, i + 1, kChunk));
+    float* const kept_state = kept ? blocks.chunk_state(p, chunk, i) : nullptr;
+    Prefetch<4> next({&p.u, &p.delta, &p.z, &p.out}, blocks.next_tile(row, at, i + 1, kChunk), kept_state);
     switch (rows_dtype({&p.u, &p.delta, &p.z, &p.out}, at)) {
       case DType::kFloat32: run_block<float>(p, w, blocks, i, at, B, C, next); break;
       case DType::kBFloat16: run_block<BFloat16>(p, w, blocks, i, at, B, C, next); break;
       case DType::kFloat16: run_block<Float16>(p, w, blocks, i, at, B, C, next); break;
     }
-    if (kept) {
-      copy(blocks.chunk_state(p, chunk, i), w.state + i * blocks.matrix_size(), p.dstate * kLanes);
-    }
+    if (kept) copy(kept_state, w.state + i * blocks.matrix_size(), p.dstate * kLanes);
   }
   if (kept) blocks.clear_padding(p, chunk);
 }
