@@ -136,7 +136,7 @@ BACKENDS = {
             "triton",
             "Triton",
             "ssmtune.ops.triton",
-            ("selective_state_update",),
+            ("selective_state_update", "causal_conv1d", "causal_conv1d_update"),
             _triton_available,
             _triton_accepts,
         ),

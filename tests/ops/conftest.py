@@ -1,7 +1,9 @@
 """Inputs of the operators, in every layout, and the backends they run on."""
 
+import os
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +13,15 @@ from ssmtune import native
 SEQUENCES = ("u", "delta", "B", "C", "z")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request) -> str:
-    """Each backend that runs on this machine."""
+    """Each backend that runs tensors on the CPU here."""
     if request.param == "cpu":
         request.getfixturevalue("native_kernels")
+    elif request.param == "triton":
+        request.getfixturevalue("triton_interpreter")
+        if "causal_conv1d" not in request.node.nodeid:
+            pytest.skip("no Triton kernel of the scan")
     return request.param
 
 
@@ -24,6 +30,26 @@ def native_kernels() -> None:
     """Skip where the compiled kernels are not there."""
     if not native.is_loaded():
         pytest.skip(f"compiled kernels: {native.why_not()}")
+
+
+@pytest.fixture
+def triton_interpreter(monkeypatch) -> None:
+    """Skip where Triton's kernels do not run on the CPU; bfloat16 is rounded as a GPU does it, not cut off."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    from triton.runtime import interpreter
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, rounding_mode):
+        if {str(source), str(target)} != dtypes.keys():
+            return convert(data, source, target, rounding_mode)
+        values = torch.from_numpy(np.ascontiguousarray(data)).view(dtypes[str(source)]).to(dtypes[str(target)])
+        return values.view(torch.uint16).numpy() if values.dtype == torch.bfloat16 else values.numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
