@@ -50,8 +50,12 @@ class TaskRuns:
         self.prompts = [example.prompt for example in task.dev[:2]]
         # What decides a result besides its cell and the weights of the base.
         self.conditions = {
-            "task": task.fingerprint(), "max_length": task.max_length, "batch_size": config.batch_size,
-            "warmup": config.warmup, "autocast": config.autocast, "evaluations": config.evaluations,
+            "task": task.fingerprint(),
+            "max_length": task.max_length,
+            "batch_size": config.batch_size,
+            "warmup": config.warmup,
+            "autocast": config.autocast,
+            "evaluations": config.evaluations,
         }
 
     def cost(self, cell: Cell) -> float:
@@ -76,8 +80,13 @@ class TaskRuns:
         """The record of the model as it is."""
         dev = self.task.dev
         scores = target_log_likelihood(
-            self.base, self.tokenizer, [example.prompt for example in dev], [example.target for example in dev],
-            EVALUATION_BATCH, max_length=self.task.max_length, add_eos=True,
+            self.base,
+            self.tokenizer,
+            [example.prompt for example in dev],
+            [example.target for example in dev],
+            EVALUATION_BATCH,
+            max_length=self.task.max_length,
+            add_eos=True,
         )
         train_info = {
             "num_trainable_params": 0,
@@ -93,21 +102,38 @@ class TaskRuns:
         model = apply_method(copy.deepcopy(self.base), cell.method, seed=cell.seed)
         checks = self._checked(cell.method, model)
         settings = TrainConfig(
-            steps=cell.steps, batch_size=config.batch_size, lr=cell.lr, warmup=config.warmup, seed=cell.seed,
-            autocast=config.autocast, log_every=max(1, cell.steps // 20),
+            steps=cell.steps,
+            batch_size=config.batch_size,
+            lr=cell.lr,
+            warmup=config.warmup,
+            seed=cell.seed,
+            autocast=config.autocast,
+            log_every=max(1, cell.steps // 20),
         )
         evaluations = config.evaluations if cell.stage == "final" else 1
         _return_freed_memory()
         result = train(
-            model, self.tokenizer, task.train, task.dev, settings, None, max_length=task.max_length,
+            model,
+            self.tokenizer,
+            task.train,
+            task.dev,
+            settings,
+            None,
+            max_length=task.max_length,
             evaluation=EvalConfig(every=math.ceil(cell.steps / evaluations), batch_size=EVALUATION_BATCH, samples=0),
-            callbacks=[self.progress.callback(cell)], progress=False,
+            callbacks=[self.progress.callback(cell)],
+            progress=False,
         )
         train_info = {
-            "steps": result.steps, "train_time": result.seconds, "tokens_per_second": result.tokens_per_second,
-            "train_loss": result.train_loss, "dev_loss": result.dev_loss, "curve": result.curve,
+            "steps": result.steps,
+            "train_time": result.seconds,
+            "tokens_per_second": result.tokens_per_second,
+            "train_loss": result.train_loss,
+            "dev_loss": result.dev_loss,
+            "curve": result.curve,
             "peak_memory_bytes": result.peak_memory_bytes,
-            "num_trainable_params": result.trainable_parameters, "num_total_params": result.total_parameters,
+            "num_trainable_params": result.trainable_parameters,
+            "num_total_params": result.total_parameters,
         }
         record = {"train_config": asdict(settings), "checks": checks, "train_info": train_info}
         if cell.stage == "final":

@@ -135,23 +135,32 @@ class _Sweep:
         """What comparison.json says."""
         tasks = {
             name: {
-                "metric": task.metric, "higher_is_better": task.higher_is_better, "description": task.description,
-                "choices": len(task.choices), "sizes": task.sizes(), "fingerprint": task.fingerprint(),
+                "metric": task.metric,
+                "higher_is_better": task.higher_is_better,
+                "description": task.description,
+                "choices": len(task.choices),
+                "sizes": task.sizes(),
+                "fingerprint": task.fingerprint(),
                 "example": task.dev[0].prompt,
             }
             for name, task in self.tasks.items()
         }
         methods = {
             name: {
-                "title": get_method(name).title, "kind": get_method(name).kind,
+                "title": get_method(name).title,
+                "kind": get_method(name).kind,
                 "learning_rates": self.config.learning_rates(name),
             }
             for name in self.config.methods
         }
         config = asdict(self.config) | {"search_steps": self.config.steps_of_search}
         return {
-            "format": FORMAT, "config": config, "model_fingerprint": self.fingerprint, "tasks": tasks,
-            "methods": methods, "environment": self.environment,
+            "format": FORMAT,
+            "config": config,
+            "model_fingerprint": self.fingerprint,
+            "tasks": tasks,
+            "methods": methods,
+            "environment": self.environment,
         }
 
     def run(self) -> None:
@@ -208,7 +217,10 @@ class _Sweep:
         self.progress.started(cell)
         began = time.monotonic()
         record: dict[str, Any] = {
-            "hash": identity, "status": "success", "error": None, "checks": [],
+            "hash": identity,
+            "status": "success",
+            "error": None,
+            "checks": [],
             "run_info": {"created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **conditions},
         }
         try:

@@ -1,8 +1,8 @@
 """The directory of a comparison: what must agree between calls that share one.
 
-    comparison.json   the conditions, the tasks and the methods      report.md, report.html, results.csv
-    cells/            one JSON file per run                          pictures/
-    adapters/TASK/METHOD   the best weights of each method
+comparison.json   the conditions, the tasks and the methods      report.md, report.html, results.csv
+cells/            one JSON file per run                          pictures/
+adapters/TASK/METHOD   the best weights of each method
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ def _option(default: Any, help: str, **checks: Any) -> Any:
 
 @dataclass
 class MethodConfig:
-    name: str = _option(
-        "state-offset", "full, lora, prompt-tuning, initial-state, state-offset or state-offset-y"
-    )
+    name: str = _option("state-offset", "full, lora, prompt-tuning, initial-state, state-offset or state-offset-y")
     rank: int | None = _option(None, "rank of LoRA, or of a low-rank state method (default: 8, or dense)", minimum=1)
     alpha: float | None = _option(None, "LoRA scale times rank (default: the rank)", above=0)
     dropout: float | None = _option(None, "of LoRA, or of a low-rank state (default: 0)", minimum=0, maximum=0.9)
@@ -66,19 +64,22 @@ class TrainConfig:
     batch_size: int = _option(8, "examples per step and device", minimum=1)
     accumulation: int = _option(1, "batches per optimizer step", minimum=1)
     lr: float | None = _option(None, "peak learning rate (default: the method's own)", above=0)
-    warmup: float = _option(0.05, "share of the steps in which the rate rises, before it falls linearly to 0",
-                            minimum=0, maximum=1)
+    warmup: float = _option(
+        0.05, "share of the steps in which the rate rises, before it falls linearly to 0", minimum=0, maximum=1
+    )
     weight_decay: float = _option(0.0, "AdamW weight decay", minimum=0)
     clip: float = _option(1.0, "largest gradient norm", above=0)
     seed: int = _option(0, "seed of initialisation, data order and dropout", minimum=0)
-    dtype: str = _option("float32", "type of the base weights; adapters are always float32",
-                         choices=("float32", "bfloat16"))
+    dtype: str = _option(
+        "float32", "type of the base weights; adapters are always float32", choices=("float32", "bfloat16")
+    )
     autocast: bool = _option(False, "compute in bfloat16 from float32 weights: faster where the processor can")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: slower, less memory")
     log_every: int = _option(10, "steps between lines of metrics.jsonl", minimum=1)
     save_every: int | None = _option(None, "steps between checkpoints (default: eval.every)", minimum=1)
-    keep: str = _option("last", "which weights the run ends with: the last, or those of the best dev loss",
-                        choices=("last", "best"))
+    keep: str = _option(
+        "last", "which weights the run ends with: the last, or those of the best dev loss", choices=("last", "best")
+    )
 
 
 @dataclass

@@ -248,8 +248,10 @@ def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]
         raise ConfigError(f"{path} is a directory.\n  Give one of its files, ending in {', '.join(_SUFFIXES)}.")
     if file.is_file():
         if file.suffix not in _SUFFIXES:
-            raise ConfigError(f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
-                             f"  Convert it to one of {', '.join(_SUFFIXES)}.")
+            raise ConfigError(
+                f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
+                f"  Convert it to one of {', '.join(_SUFFIXES)}."
+            )
         return _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file)
     if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -266,12 +268,12 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{file}: line {number} is not valid JSON ({error.msg} at column {error.colno}).\n"
-                "  Every line must be one object, such as {\"prompt\": \"…\", \"completion\": \"…\"}."
+                '  Every line must be one object, such as {"prompt": "…", "completion": "…"}.'
             ) from None
         if not isinstance(row, dict):
             raise ValueError(
                 f"{file}: line {number} holds a {type(row).__name__}, expected an object with columns.\n"
-                "  Every line must be one object, such as {\"prompt\": \"…\", \"completion\": \"…\"}."
+                '  Every line must be one object, such as {"prompt": "…", "completion": "…"}.'
             )
         yield f"line {number}", row
 
@@ -282,8 +284,9 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{file}: line {reader.reader.line_num} cannot be read: {error}.\n"
-                             "  Check the quotes of that line.") from None
+            raise ValueError(
+                f"{file}: line {reader.reader.line_num} cannot be read: {error}.\n  Check the quotes of that line."
+            ) from None
         if row is None:
             return
         if None in row or None in row.values():

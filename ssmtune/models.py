@@ -182,8 +182,10 @@ def load_trained(name: str, *, base_only: bool = False, dtype: str | None = None
         return load_model(name, dtype)
     base = read_adapter_config(adapter).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{adapter} does not say which model it was trained for.\n"
-                         "  Write its name into adapter_config.json as base_model_name_or_path.")
+        raise ValueError(
+            f"{adapter} does not say which model it was trained for.\n"
+            "  Write its name into adapter_config.json as base_model_name_or_path."
+        )
     model, tokenizer = load_model(base, dtype)
     return (model if base_only else load_adapter(model, adapter)), tokenizer
 

@@ -16,8 +16,12 @@ from ssmtune.summary import MethodRow, TaskSummary
 MISSING = "There are no pictures because matplotlib is not installed. Run: pip install 'ssmtune[plots]'"
 
 METRIC_NAMES = {
-    "accuracy": "accuracy, %", "perplexity": "perplexity per token", "bleu": "BLEU", "rouge_l": "ROUGE-L",
-    "bits_per_character": "bits per character", "loss": "loss",
+    "accuracy": "accuracy, %",
+    "perplexity": "perplexity per token",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+    "bits_per_character": "bits per character",
+    "loss": "loss",
 }
 
 
@@ -37,7 +41,12 @@ LIGHT = Theme("#ffffff", "#1f2328", "#6e7781", "#e3e6ea", "#444444", "#0072b2")
 DARK = Theme("#161b22", "#e6edf3", "#8b949e", "#30363d", "#c9d1d9", "#56b4e9")
 
 _MARKERS = {
-    "full": "s", "lora": "D", "prompt-tuning": "P", "initial-state": "^", "state-offset": "o", "state-offset-y": "v"
+    "full": "s",
+    "lora": "D",
+    "prompt-tuning": "P",
+    "initial-state": "^",
+    "state-offset": "o",
+    "state-offset-y": "v",
 }
 _COLOURS = {"lora": "#e69f00", "prompt-tuning": "#cc79a7", "initial-state": "#009e73", "state-offset-y": "#d55e00"}
 
@@ -58,15 +67,29 @@ def quality_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
     front = task.pareto()
     if len(front) > 1:
         axes.plot(
-            [row.trainable for row in front], [row.scores.mean for row in front],
-            drawstyle="steps-post", color=theme.faint, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1,
+            [row.trainable for row in front],
+            [row.scores.mean for row in front],
+            drawstyle="steps-post",
+            color=theme.faint,
+            linewidth=1.2,
+            linestyle=(0, (4, 2)),
+            zorder=1,
         )
     labels = []
     for row in rows:
         colour = _colour(row, theme)
         axes.errorbar(
-            row.trainable, row.scores.mean, yerr=row.scores.deviation, color=colour, marker=_MARKERS.get(row.name, "o"),
-            markersize=8, markeredgecolor=theme.background, markeredgewidth=0.8, capsize=3, linewidth=1.4, zorder=3,
+            row.trainable,
+            row.scores.mean,
+            yerr=row.scores.deviation,
+            color=colour,
+            marker=_MARKERS.get(row.name, "o"),
+            markersize=8,
+            markeredgecolor=theme.background,
+            markeredgewidth=0.8,
+            capsize=3,
+            linewidth=1.4,
+            zorder=3,
         )
         values = row.scores.values
         axes.plot([row.trainable] * len(values), values, "_", color=colour, markersize=7, alpha=0.7, zorder=2)
@@ -75,8 +98,15 @@ def quality_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
     if base is not None:
         axes.axhline(base.scores.mean, color=theme.faint, linewidth=1, linestyle=":", zorder=0)
         axes.annotate(
-            "base model, not tuned", (1, base.scores.mean), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-            textcoords="offset points", ha="right", va="bottom", color=theme.faint, fontsize=8.5,
+            "base model, not tuned",
+            (1, base.scores.mean),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color=theme.faint,
+            fontsize=8.5,
         )
     axes.margins(y=0.12)
     direction = "higher is better" if task.higher_is_better else "lower is better"
@@ -103,12 +133,22 @@ def learning_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
         steps = sorted(step for step, losses in by_step.items() if len(losses) == len(row.curves))
         means = [statistics.fmean(by_step[step]) for step in steps]
         axes.plot(
-            steps, means, color=colour, marker=_MARKERS.get(row.name, "o"), markersize=5, linewidth=1.8,
-            markeredgecolor=theme.background, markeredgewidth=0.5,
+            steps,
+            means,
+            color=colour,
+            marker=_MARKERS.get(row.name, "o"),
+            markersize=5,
+            linewidth=1.8,
+            markeredgecolor=theme.background,
+            markeredgewidth=0.5,
         )
         axes.fill_between(
-            steps, [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps],
-            color=colour, alpha=0.18, linewidth=0,
+            steps,
+            [min(by_step[step]) for step in steps],
+            [max(by_step[step]) for step in steps],
+            color=colour,
+            alpha=0.18,
+            linewidth=0,
         )
         labels.append((steps[-1], means[-1], row.title, colour))
     axes.set_xlabel("optimizer steps")
@@ -164,7 +204,9 @@ def _place_labels(figure, axes, labels, theme: Theme, outside: bool = False) -> 
     heights = list(points)
     low, high = box.y0 * scale + line / 2, box.y1 * scale - line / 2
     pairs = [
-        (i, j) for i in range(len(labels)) for j in range(i)
+        (i, j)
+        for i in range(len(labels))
+        for j in range(i)
         if starts[i] < starts[j] + widths[j] and starts[j] < starts[i] + widths[i]
     ]
     for _ in range(200):
@@ -178,9 +220,18 @@ def _place_labels(figure, axes, labels, theme: Theme, outside: bool = False) -> 
     for (x, y, text, colour), height, py, left in zip(labels, heights, points, lefts, strict=True):
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6} if abs(height - py) > 6 else None
         axes.annotate(
-            text, (x, y), xytext=(-10 if left else 10, height - py), textcoords="offset points",
-            ha="right" if left else "left", va="center", color=colour, fontsize=size, annotation_clip=False,
-            arrowprops=arrow, path_effects=[withStroke(linewidth=3, foreground=theme.background)], zorder=5,
+            text,
+            (x, y),
+            xytext=(-10 if left else 10, height - py),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            color=colour,
+            fontsize=size,
+            annotation_clip=False,
+            arrowprops=arrow,
+            path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+            zorder=5,
         )
 
 

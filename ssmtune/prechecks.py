@@ -87,15 +87,22 @@ def _cached_generation(model: nn.Module, tokenizer, prompts: Sequence[str]) -> C
     steps = []
     for use_cache in (True, False):
         output = model.generate(
-            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
-            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=pad_id(tokenizer),
-            use_cache=use_cache, return_dict_in_generate=True, output_logits=True,
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=pad_id(tokenizer),
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         steps.append(torch.stack(output.logits).float())
     cached, uncached = steps
     error = (cached - uncached).abs().max().item() / uncached.abs().max().item()
     return Check(
-        "cached generation", error <= CACHE_TOLERANCE,
+        "cached generation",
+        error <= CACHE_TOLERANCE,
         f"the logits of {NEW_TOKENS} new tokens differ by {error:.1e} of the largest from those without a cache",
     )
 

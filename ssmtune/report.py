@@ -77,8 +77,10 @@ def columns(task: TaskSummary) -> list[Column]:
         Column(SHORT_METRICS.get(task.metric, task.metric), score_text),
         Column("95 % interval", lambda row: interval_text(row.scores), brief=False),
         *versus,
-        *(Column(SHORT_METRICS.get(name, name), lambda row, name=name: mean_text(row.others.get(name)), brief=False)
-          for name in others),
+        *(
+            Column(SHORT_METRICS.get(name, name), lambda row, name=name: mean_text(row.others.get(name)), brief=False)
+            for name in others
+        ),
         Column("trainable", lambda row: "" if row.trainable is None else f"{row.trainable:,}"),
         Column("%", lambda row: share_text(row)),
         Column("lr", lambda row: "" if row.lr is None else f"{row.lr:.1e}" + ("*" if row.at_edge else "")),
@@ -271,8 +273,21 @@ def csv_table(summary: Summary) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
-        ["task", "method", "run", "metric", "value", "lr", "trainable", "total", "train_seconds",
-         "tokens_per_second", "peak_memory_bytes", "file_bytes", "decode_ms_per_token"]
+        [
+            "task",
+            "method",
+            "run",
+            "metric",
+            "value",
+            "lr",
+            "trainable",
+            "total",
+            "train_seconds",
+            "tokens_per_second",
+            "peak_memory_bytes",
+            "file_bytes",
+            "decode_ms_per_token",
+        ]
     )
     for task in summary.tasks:
         for row in task.rows:
@@ -280,8 +295,21 @@ def csv_table(summary: Summary) -> str:
             for metric, spread in metrics.items():
                 for run, value in enumerate(spread.values):
                     writer.writerow(
-                        [task.name, row.name, run, metric, value, row.lr, row.trainable, row.total, row.seconds,
-                         row.tokens_per_second, row.peak_memory, row.file_size, row.decode_ms]
+                        [
+                            task.name,
+                            row.name,
+                            run,
+                            metric,
+                            value,
+                            row.lr,
+                            row.trainable,
+                            row.total,
+                            row.seconds,
+                            row.tokens_per_second,
+                            row.peak_memory,
+                            row.file_size,
+                            row.decode_ms,
+                        ]
                     )
     return buffer.getvalue()
 
@@ -295,7 +323,10 @@ def print_report(report: Report, stream=None) -> None:
     stream = stream or sys.stdout
     plain = not stream.isatty() or bool(os.environ.get("NO_COLOR"))
     console = Console(
-        file=stream, no_color=plain, highlight=False, soft_wrap=False,
+        file=stream,
+        no_color=plain,
+        highlight=False,
+        soft_wrap=False,
         width=None if stream.isatty() else 140,
     )
     for task in report.summary.tasks:

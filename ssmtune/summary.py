@@ -174,8 +174,15 @@ def _task_summary(name: str, task: Mapping, description: Mapping, records: Seque
         own = [record for record in records if record["cell"]["method"] == method]
         rows.append(_method_row(method, about, own, task["metric"], start))
     summary = TaskSummary(
-        name=name, metric=task["metric"], higher_is_better=task["higher_is_better"], description=task["description"],
-        choices=task["choices"], sizes=task["sizes"], example=task["example"], rows=rows, reference=None,
+        name=name,
+        metric=task["metric"],
+        higher_is_better=task["higher_is_better"],
+        description=task["description"],
+        choices=task["choices"],
+        sizes=task["sizes"],
+        example=task["example"],
+        rows=rows,
+        reference=None,
     )
     tuned = [row for row in summary.ranked() if row.name != "base"]
     reference = next((row for row in tuned if row.name == REFERENCE), tuned[0] if tuned else None)

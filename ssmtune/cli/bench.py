@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 BENCHMARKS = {
-    "selective-scan": "selective_scan", "training-step": "training_step",
-    "causal-conv1d": "causal_conv1d", "decoding": "decoding",
+    "selective-scan": "selective_scan",
+    "training-step": "training_step",
+    "causal-conv1d": "causal_conv1d",
+    "decoding": "decoding",
 }
 
 EXAMPLES = """\

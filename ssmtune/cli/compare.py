@@ -34,8 +34,13 @@ exit status: 0 done, 1 no method could be trained, 2 wrong usage or configuratio
 # The whole sweep takes a few minutes on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "steps": 180, "search_steps": 40, "seeds": 2, "batch_size": 8, "lr_factors": [2.0, 8.0, 64.0],
-        "limit": {"dev": 64, "test": 256}, "evaluations": 4,
+        "steps": 180,
+        "search_steps": 40,
+        "seeds": 2,
+        "batch_size": 8,
+        "lr_factors": [2.0, 8.0, 64.0],
+        "limit": {"dev": 64, "test": 256},
+        "evaluations": 4,
     },
 }
 
@@ -60,13 +65,16 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--search-steps", type=int, metavar="N", help="steps of a search run (default: --steps / 3)")
     parser.add_argument("--search-seeds", type=int, metavar="N", help="runs per rate in the search (default: 1)")
     parser.add_argument(
-        "--lr-grid", metavar="F,F",
+        "--lr-grid",
+        metavar="F,F",
         help="factors on each method's default learning rate (default: 1,8,64); a single one: no search",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"examples per step (default: {config.batch_size})")
     parser.add_argument("--warmup", type=float, metavar="X", help=f"share of the steps (default: {config.warmup})")
     parser.add_argument(
-        "--autocast", action="store_true", default=None,
+        "--autocast",
+        action="store_true",
+        default=None,
         help="train in bfloat16 from float32 weights: faster where the processor can",
     )
     parser.add_argument("--evaluations", type=int, metavar="N", help="dev losses along a final run (default: 5)")
@@ -108,11 +116,20 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
     """The configuration: the defaults, the preset over them, the flags over both."""
     values: dict[str, Any] = dict(PRESETS[args.preset]) if args.preset else {}
     flags = {
-        "model": args.model, "data_dir": args.data_dir, "seeds": args.seeds, "steps": args.steps,
-        "search_steps": args.search_steps, "search_seeds": args.search_seeds, "batch_size": args.batch_size,
-        "warmup": args.warmup, "autocast": args.autocast, "evaluations": args.evaluations,
-        "tasks": _names(args.task), "methods": _names(args.methods),
-        "lr_factors": _numbers(args.lr_grid), "limit": _limit(args.limit),
+        "model": args.model,
+        "data_dir": args.data_dir,
+        "seeds": args.seeds,
+        "steps": args.steps,
+        "search_steps": args.search_steps,
+        "search_seeds": args.search_seeds,
+        "batch_size": args.batch_size,
+        "warmup": args.warmup,
+        "autocast": args.autocast,
+        "evaluations": args.evaluations,
+        "tasks": _names(args.task),
+        "methods": _names(args.methods),
+        "lr_factors": _numbers(args.lr_grid),
+        "limit": _limit(args.limit),
     }
     values |= {key: value for key, value in flags.items() if value is not None}
     return dataclasses.replace(ComparisonConfig(), **values)

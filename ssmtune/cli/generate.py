@@ -54,8 +54,14 @@ def run(args: argparse.Namespace) -> int:
         model.to("cuda")
     with backend_for(args.backend):
         texts = generate_texts(
-            model, tokenizer, prompts, args.max_new_tokens, args.batch_size,
-            temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+            model,
+            tokenizer,
+            prompts,
+            args.max_new_tokens,
+            args.batch_size,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
         )
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         if len(prompts) > 1 and number:

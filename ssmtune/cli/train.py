@@ -168,7 +168,7 @@ def _resolve(args: argparse.Namespace) -> RunConfig:
         raise ConfigError(f"{out} is not a run directory: it has no config.yaml.\n  Start the run without --resume.")
     config = load_config(stored)
     wanted = to_dict(load_config(stored, {key: value for key, value in overrides.items() if key != "out"}))
-    if (differing := _differing(to_dict(config), wanted)):
+    if differing := _differing(to_dict(config), wanted):
         raise ConfigError(
             f"--resume goes on with {stored}, but there are other values for {', '.join(differing)}.\n"
             "  Leave them out, or start another run."
@@ -220,7 +220,7 @@ def _print_plan(config: RunConfig, method, model, tokenizer, train_examples, dev
         print(to_yaml(config).rstrip() + "\n")
     print("\n".join(f"{name:<8} {text}" for name, text in rows), flush=True)
     if dry_run:
-        if (cut := data.cut_report(config.data.max_length)):
+        if cut := data.cut_report(config.data.max_length):
             print(f"warning: {cut}")
         print("dry run: nothing was written")
 
@@ -253,4 +253,3 @@ def _print_report(directory, result) -> None:
 
 def _next_command(out: Path) -> str:
     return f'ssmtune generate {out} --prompt "..."'
-

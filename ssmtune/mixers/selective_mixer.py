@@ -75,6 +75,8 @@ class SelectiveMixer(nn.Module):
         x, z = x.transpose(1, 2), z.transpose(1, 2)
         # One token of generation, for which cached states are overwritten rather than read and written.
         step = seqlen == 1 and state is not None and not torch.is_grad_enabled()
+        # The step reads offsets from stacks of them; the convolution and the scan want a tensor for each row.
+        inputs = inputs.at_every_token() if step else inputs.of_rows()
         window = x
         if cu_seqlens is not None and inputs.conv_state is not None:
             context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
@@ -98,13 +100,15 @@ class SelectiveMixer(nn.Module):
         A_log, D = self.A_log.flatten(0, -2), self.D.flatten()
         A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
         if state is not None:
-            state = state.flatten(1, -2)
+            # A view, which is overwritten.
+            state = state.view(batch, -1, state.shape[-1])
 
-        if step and B.dim() == 3:
+        if step:
             y = ops.selective_state_update(
                 state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], D,
                 z=z[..., 0], dt_bias=delta_bias, dt_softplus=True,
                 state_offset=inputs.state_offset, output_offset=inputs.output_offset,
+                adapter_index=inputs.adapter_index,
             ).unsqueeze(1)  # fmt: skip
         else:
             y = ops.selective_scan(

@@ -66,7 +66,7 @@ def check_values(op: str, adapter_index: Tensor, state_offset: Tensor | None, ou
             )
 
 
-def offset_of_rows(stack: Tensor, adapter_index: Tensor) -> Tensor:
+def gather_rows(stack: Tensor, adapter_index: Tensor) -> Tensor:
     """Gather what each row reads from a stack, (batch, ...): zeros where its index is no place in it."""
     known = (adapter_index >= 0) & (adapter_index < stack.shape[0])
     rows = stack[adapter_index.clamp(0, stack.shape[0] - 1).long()]

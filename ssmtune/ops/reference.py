@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmtune.ops.adapters import offset_of_rows
+from ssmtune.ops.adapters import gather_rows
 from ssmtune.ops.packing import sequence_bounds
 
 ALONG_STEPS = ("u", "delta", "B", "C", "z", "dout")
@@ -156,7 +156,7 @@ def selective_state_update_reference(
     """
     if adapter_index is not None:
         state_offset, output_offset = (
-            None if stack is None else offset_of_rows(stack, adapter_index) for stack in (state_offset, output_offset)
+            None if stack is None else gather_rows(stack, adapter_index) for stack in (state_offset, output_offset)
         )
     out, last_state = selective_scan_reference(
         *(tensor.unsqueeze(-1) for tensor in (x, dt)),

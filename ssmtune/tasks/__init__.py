@@ -1,4 +1,5 @@
 """Tasks: how examples become text, and the metric of each."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

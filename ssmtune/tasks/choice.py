@@ -1,4 +1,5 @@
 """Tasks with a fixed set of answers, measured by which answer the model finds likeliest."""
+
 from __future__ import annotations
 
 import math
@@ -44,8 +45,13 @@ class ChoiceTask(Task):
                 break
             candidates = [self.choices[order[i][rank]] for i in open_examples]
             scores = target_log_likelihood(
-                model, tokenizer, [prompts[i] for i in open_examples], candidates, batch_size,
-                max_length=self.max_length, add_eos=True,
+                model,
+                tokenizer,
+                [prompts[i] for i in open_examples],
+                candidates,
+                batch_size,
+                max_length=self.max_length,
+                add_eos=True,
             )
             for i, candidate, score in zip(open_examples, candidates, scores, strict=True):
                 if score.log_likelihood > best[i][0]:
@@ -70,7 +76,9 @@ class ChoiceTask(Task):
                 input_ids = torch.tensor([encoded[i] + [0] * (width - len(encoded[i])) for i in rows])
                 mask = (torch.arange(width) < lengths[:, None]).long()
                 logits = model(
-                    input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False,
+                    input_ids=input_ids.to(device),
+                    attention_mask=mask.to(device),
+                    use_cache=False,
                     logits_to_keep=width - int(lengths.min()) + 1,
                 ).logits
                 # Counted from the end: prompt tuning puts its own tokens in front.

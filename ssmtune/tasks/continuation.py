@@ -1,4 +1,5 @@
 """Tasks measured by the likelihood of their targets."""
+
 from __future__ import annotations
 
 import math
@@ -22,8 +23,12 @@ class ContinuationTask(Task):
         from ssmtune.generation import target_log_likelihood
 
         scores = target_log_likelihood(
-            model, tokenizer, [example.prompt for example in examples], [example.target for example in examples],
-            batch_size, max_length=self.max_length,
+            model,
+            tokenizer,
+            [example.prompt for example in examples],
+            [example.target for example in examples],
+            batch_size,
+            max_length=self.max_length,
         )
         log_likelihood = math.fsum(score.log_likelihood for score in scores)
         loss = -log_likelihood / max(1, sum(score.tokens for score in scores))

@@ -2,6 +2,7 @@
 
 The library's source files are parsed, never imported. The examples depend on the Python version alone.
 """
+
 from __future__ import annotations
 
 import ast
@@ -61,7 +62,8 @@ def harvest(root: Path | None = None, packages: tuple[str, ...] = ()) -> tuple[D
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     paths = (path for folder in packages for path in (root / folder).rglob("*.py")) if packages else root.rglob("*.py")
     files = [
-        path for path in sorted(paths)
+        path
+        for path in sorted(paths)
         if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts) and path.name not in SKIPPED_FILES
     ]
     if not files:
@@ -148,8 +150,12 @@ def package_task(root: Path | None = None) -> ChoiceTask:
         # Shuffled, so that a plain prefix of a split holds every package.
         examples.sort(key=lambda example: content_hash("order", example.prompt))
     return ChoiceTask(
-        name="docstring-package", metric="accuracy", higher_is_better=True, **splits,
-        choices=tuple(f" {package}" for package in PACKAGES), max_length=128,
+        name="docstring-package",
+        metric="accuracy",
+        higher_is_better=True,
+        **splits,
+        choices=tuple(f" {package}" for package in PACKAGES),
+        max_length=128,
         description="tell from a docstring of Python's standard library which of eight packages it documents; "
         "accuracy in %, the answer is the package name of highest likelihood",
     )
@@ -186,7 +192,11 @@ def continuation_task(root: Path | None = None) -> ContinuationTask:
             )
         examples.sort(key=lambda example: content_hash("order", example.prompt))
     return ContinuationTask(
-        name="docstring-continuation", metric="perplexity", higher_is_better=False, **splits, max_length=256,
+        name="docstring-continuation",
+        metric="perplexity",
+        higher_is_better=False,
+        **splits,
+        max_length=256,
         description="continue a docstring of Python's standard library; perplexity per token of the second half, "
         "given the first",
     )

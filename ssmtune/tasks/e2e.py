@@ -3,6 +3,7 @@
 Read from the files of the official release. BLEU and ROUGE-L are those of sacrebleu and rouge-score, which tokenise
 otherwise than the challenge's own script: numbers compare with each other, not with the leaderboard.
 """
+
 from __future__ import annotations
 
 import csv
@@ -36,10 +37,14 @@ def e2e_task(data_dir: str | Path | None) -> GenerationTask:
         )
     pairs = {split: _read_pairs(text, name) for split, (name, text) in _read_files(Path(data_dir)).items()}
     return GenerationTask(
-        name="e2e", metric="bleu", higher_is_better=True,
+        name="e2e",
+        metric="bleu",
+        higher_is_better=True,
         train=[_example(meaning, (reference,)) for meaning, reference in pairs["train"]],
-        dev=_grouped(pairs["dev"]), test=_grouped(pairs["test"]),
-        max_new_tokens=80, max_length=256,
+        dev=_grouped(pairs["dev"]),
+        test=_grouped(pairs["test"]),
+        max_new_tokens=80,
+        max_length=256,
         description="E2E NLG: restaurant attributes to a sentence, greedy decoding; corpus BLEU (sacrebleu) "
         "against all references",
     )

@@ -1,4 +1,5 @@
 """A task of your own: prompts and completions in files."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -35,6 +36,10 @@ def files_task(data_dir: str | Path | None) -> ContinuationTask:
         )
     examples = {split: load_examples(file) for split, file in found.items()}
     return ContinuationTask(
-        name="files", metric="perplexity", higher_is_better=False, **examples, max_length=512,
+        name="files",
+        metric="perplexity",
+        higher_is_better=False,
+        **examples,
+        max_length=512,
         description=f"prompts and completions of {folder}; perplexity per token of the completion, given the prompt",
     )

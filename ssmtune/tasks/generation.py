@@ -1,4 +1,5 @@
 """Tasks measured by comparing generated text with references."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,7 +18,11 @@ class GenerationTask(Task):
 
         prompts = [example.prompt for example in examples]
         texts = generate_texts(
-            model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size,
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
             max_length=self.max_length,
         )
         # Neighbouring lines must not run together, and a model may go on after the sentence asked for.

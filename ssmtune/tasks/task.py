@@ -1,4 +1,5 @@
 """What a task is: examples in three splits and a metric."""
+
 from __future__ import annotations
 
 import hashlib
@@ -90,7 +91,5 @@ def subsample(examples: Sequence[Example], size: int, seed: int = 0) -> list[Exa
     """At most `size` of `examples`, chosen by a hash of their content, in their old order."""
     if len(examples) <= size:
         return list(examples)
-    order = sorted(
-        range(len(examples)), key=lambda i: (content_hash(seed, examples[i].prompt, examples[i].target), i)
-    )
+    order = sorted(range(len(examples)), key=lambda i: (content_hash(seed, examples[i].prompt, examples[i].target), i))
     return [examples[i] for i in sorted(order[:size])]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ssmtune.mixers import StateAdapter
+from ssmtune.mixers import StateAdapter, StateInputs
 from ssmtune.tuners.reparametrization import Reparametrization
 from ssmtune.tuners.state_config import StateTunerConfig
 
@@ -32,8 +32,8 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
     """
 
     prefix: str
-    # What `value` can be asked for.
-    kinds: tuple[str, ...]
+    # What `value` can be asked for, and the field of `StateInputs` it goes to.
+    kinds: dict[str, str]
     # peft reads both from the layer that an adapter wraps. Here there is none.
     weight = None
     bias = None
@@ -46,8 +46,7 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.unpatch_on_removal = False
-        # The adapter of each row of a batch, where rows have different ones.
-        self.row_adapters: list[str] | None = None
+        self.assign_rows(None)
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict())
         setattr(self, f"{self.prefix}mlp", nn.ModuleDict())
@@ -155,23 +154,41 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
             if terms and adapter_name in self.tensors(kind):
                 self.assign(kind, adapter_name, sum(terms[1:], start=terms[0]))
 
-    def active_sum(self, kind: str) -> torch.Tensor | None:
-        """Return the sum of what the active adapters add, or None if none adds anything of this kind.
+    def assign_rows(self, adapters: list[str] | None) -> None:
+        """Give each row of the batches to come an adapter of its own, until None makes the active ones serve all."""
+        self.row_adapters = adapters
+        self._stacked: StateInputs | None = None
 
-        Where rows of a batch have different adapters, what each of them adds: (batch, dim, dstate) or the like.
-        """
+    def state_inputs(self) -> StateInputs:
         if self.disable_adapters:
-            return None
-        if self.row_adapters is not None:
-            values = {name: self.value(kind, name) for name in set(self.row_adapters) & self.available_adapters}
-            known = next((value for value in values.values() if value is not None), None)
-            if known is None:
-                return None
-            rows = [values.get(name) for name in self.row_adapters]
-            return torch.stack([torch.zeros_like(known) if value is None else value for value in rows])
+            return StateInputs()
+        if self.row_adapters is None:
+            return StateInputs(**{field: self.active_sum(kind) for kind, field in self.kinds.items()})
+        # Kept while the rows are: generation would stack the same adapters again at every token.
+        if self._stacked is None:
+            self._stacked = self._stack(self.row_adapters)
+        return self._stacked
+
+    def active_sum(self, kind: str) -> torch.Tensor | None:
+        """Return the sum of what the active adapters add, or None if none adds anything of this kind."""
         values = [self.value(kind, name, self.training) for name in self.active_adapters]
         values = [value for value in values if value is not None]
         return sum(values[1:], start=values[0]) if values else None
+
+    def _stack(self, row_adapters: list[str]) -> StateInputs:
+        adapters = sorted(self.available_adapters.intersection(row_adapters))
+        stacks = {}
+        for kind, field in self.kinds.items():
+            values = [self.value(kind, name) for name in adapters]
+            known = next((value for value in values if value is not None), None)
+            if known is not None:
+                values = [torch.zeros_like(known) if value is None else value for value in values]
+                stacks[field] = torch.stack(values)
+        if not stacks:
+            return StateInputs()
+        place = {name: index for index, name in enumerate(adapters)}
+        index = [place.get(name, -1) for name in row_adapters]
+        return StateInputs(**stacks, adapter_index=torch.tensor(index, device=next(iter(stacks.values())).device))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Do nothing: there is no weight to merge into, and the adapter stays active.

@@ -163,13 +163,13 @@ class StateTunerModel(BaseTuner):
         layers = [layer for _, layer in self._layers(self.model)]
         hook = self.model.register_forward_pre_hook(check_rows, with_kwargs=True)
         for layer in layers:
-            layer.row_adapters = names
+            layer.assign_rows(names)
         try:
             yield
         finally:
             hook.remove()
             for layer in layers:
-                layer.row_adapters = None
+                layer.assign_rows(None)
 
     def _names_per_row(self, names: list[str], kwargs: dict[str, Any]) -> list[str]:
         """The adapter of each row that the mixers will see, checked."""

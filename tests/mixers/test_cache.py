@@ -171,11 +171,32 @@ def test_a_step_updates_the_cached_states_in_place(make_pair, tokens, monkeypatc
         ours(tokens(2, 1), cache_params=cache, use_cache=True)
         theirs(tokens(2, 1), cache_params=expected, use_cache=True)
     for layer in range(2):
-        assert cache.layers[layer].recurrent_states[0] is updated[layer] is states[layer]
+        assert cache.layers[layer].recurrent_states[0] is states[layer]
+        assert updated[layer].data_ptr() == states[layer].data_ptr()
         assert not torch.equal(states[layer], before[layer])
         assert cache.layers[layer].conv_states[0] is windows[layer]
         # The first column is one that no convolution looks at any more.
         torch.testing.assert_close(windows[layer][..., 1:], expected.layers[layer].conv_states[0][..., 1:])
+
+
+def test_a_step_of_mamba_in_heads_updates_the_cached_states_in_place(
+    make_pair, adapt, tokens, assert_close, monkeypatch
+):
+    _, ours = make_pair("zamba")
+    mixers = find_mixers(ours)
+    adapt(ours, "state_offset", "output_offset")
+    input_ids = tokens(2, 7)
+    with torch.no_grad():
+        expected = ours(input_ids).logits[:, 6:]
+        cache = ours(input_ids[:, :6], use_cache=True).past_key_values
+        states = [cache.layers[mixer.layer_idx].recurrent_states[0] for _, mixer in mixers]
+        before = [state.clone() for state in states]
+        monkeypatch.setattr(ops, "selective_scan", None)
+        actual = ours(input_ids[:, 6:], past_key_values=cache, use_cache=True).logits
+    assert_close("logits", expected, actual, 1e-5)
+    for (_, mixer), state, old in zip(mixers, states, before, strict=True):
+        assert cache.layers[mixer.layer_idx].recurrent_states[0] is state
+        assert not torch.equal(state, old)
 
 
 @pytest.mark.parametrize("conv_kernel", [1, 2, 3])

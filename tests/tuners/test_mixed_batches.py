@@ -66,6 +66,32 @@ def test_generate(model, rows, num_beams):
     assert torch.equal(model.generate(input_ids=rows, generation_config=config, adapter_names=NAMES), actual)
 
 
+def test_generation_stacks_the_adapters_once(tiny_mamba, make_nonzero, rows, monkeypatch):
+    model = build(tiny_mamba, [StateOffsetConfig(task_type="CAUSAL_LM") for _ in range(2)], make_nonzero)
+    update, seen = ssmtune.ops.selective_state_update, []
+
+    def watched(*args, **kwargs):
+        seen.append((kwargs["state_offset"], kwargs["adapter_index"].tolist()))
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(ssmtune.ops, "selective_state_update", watched)
+    model.generate(input_ids=rows, adapter_names=NAMES, **GREEDY)
+    assert len(seen) == 5 * 2
+    assert all(stack.shape == (2, 64, 8) and index == [0, -1, 1, 0] for stack, index in seen)
+    assert len({id(stack) for stack, _ in seen}) == 2
+
+
+def test_beside_an_adapter_that_all_rows_share(tiny_mamba, make_nonzero, rows, logits):
+    get_peft_model(tiny_mamba, InitialStateConfig(task_type="CAUSAL_LM"), adapter_name="shared")
+    model = build(tiny_mamba, [StateOffsetConfig(task_type="CAUSAL_LM") for _ in range(2)], make_nonzero)
+    actual = model.generate(input_ids=rows, adapter_names=NAMES, **GREEDY)
+    for row, name, expected in zip(rows, NAMES, actual, strict=True):
+        assert torch.equal(model.generate(input_ids=row[None], adapter_names=[name], **GREEDY)[0], expected)
+    mixed = logits(model, rows, adapter_names=NAMES)
+    first = logits(model, rows[1:2], adapter_names=["one"])
+    assert not torch.equal(mixed[1:2], first)
+
+
 def test_left_pads(model, rows, logits):
     mask = torch.ones_like(rows)
     mask[0, :3] = mask[1, :1] = 0

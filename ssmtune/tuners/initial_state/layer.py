@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from ssmtune.mixers import StateInputs
 from ssmtune.tuners.state_layer import StateTunerLayer
 
 
@@ -10,7 +9,7 @@ class InitialStateLayer(StateTunerLayer):
     """The initial states "h" (dim, dstate) of one mixer, and those of its convolution "conv" (dim, width - 1)."""
 
     prefix = "initial_state_"
-    kinds = ("h", "conv")
+    kinds = {"h": "initial_state", "conv": "conv_state"}
     adapter_layer_names = (
         "initial_state_h",
         "initial_state_conv",
@@ -26,6 +25,3 @@ class InitialStateLayer(StateTunerLayer):
     def shapes(self, config) -> dict[str, tuple[int, ...]]:
         shapes = super().shapes(config)
         return shapes | ({"initial_state_conv": (self.dim, self.conv_width - 1)} if config.conv_state else {})
-
-    def state_inputs(self) -> StateInputs:
-        return StateInputs(initial_state=self.active_sum("h"), conv_state=self.active_sum("conv"))
