@@ -65,8 +65,8 @@ void causal_conv1d_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, 
   p.dx = result(dx, "dx", sequence_shape, p.x.dtype);
   p.dfinal_states = final_states(dfinal_states, "dfinal_states", p);
   p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.partition.batch, p.dim, p.width - 1});
-  Gradient weight_gradient(dweight, "dweight", p.partition, {p.dim, p.width});
-  Gradient bias_gradient(dbias, "dbias", p.partition, {p.dim});
+  Gradient weight_gradient(dweight, "dweight", p.partition, p.partition.batch, {p.dim, p.width});
+  Gradient bias_gradient(dbias, "dbias", p.partition, p.partition.batch, {p.dim});
   p.dweight = weight_gradient.get();
   p.dbias = bias_gradient.get();
   run(kernels().causal_conv1d_bwd, p, 2 * x.size(0) * p.dim * p.seqlen);

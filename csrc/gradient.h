@@ -5,15 +5,16 @@
 
 namespace ssmtune {
 
-// The gradient of a parameter: written by the kernel in place where each value has one writer, else added up over the
-// groups of a partition by finish().
+// The gradient of a parameter, shared or one for each of some rows: written by the kernel in place where each value has one
+// writer, else added up over the groups of a partition by finish().
 class Gradient {
  public:
-  Gradient(const OptionalTensor& x, const char* name, const Partition& partition, Shape shape) : groups_(partition.groups) {
+  Gradient(const OptionalTensor& x, const char* name, const Partition& partition, int64_t rows, Shape shape)
+      : groups_(partition.groups) {
     for (const int64_t size : shape) size_ *= size;
     if (!x) return;
     const bool shared = x->dim() == static_cast<int64_t>(shape.size());
-    if (!shared) shape.insert(shape.begin(), partition.batch);
+    if (!shared) shape.insert(shape.begin(), rows);
     target_ = contiguous(*x, name, shape);
     row_stride_ = shared ? 0 : size_;
     if (shared && groups_ > 1) partial_ = allocate(groups_ * size_);

@@ -44,7 +44,8 @@ struct Partition {
   }
 };
 
-// A row of the batch, or one of the sequences packed into the only one: the steps [begin, end).
+// What is scanned at a time, the steps [begin, end) of a row of the batch: all of them, one of the sequences packed into the
+// only row, or a segment.
 struct Row {
   int64_t batch, begin, end;
 };
@@ -63,24 +64,44 @@ inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
 struct SelectiveScanParams {
   Partition partition;
   int64_t batch, dim, seqlen, dstate;
-  int64_t rows;           // the batch, or the sequences packed into a batch of 1
+  int64_t rows;           // as many as sequences: the batch, or those packed into a batch of 1; segments times that many
   const int64_t* bounds;  // (rows + 1,): where packed sequences start, and where the last one ends; else null
+  int64_t segments;       // rows that a sequence is cut into, by multiples of kChunk; 1 where sequences are packed
   SequenceTensor u, delta, z;
   StateTensor B, C;
   const float* A;           // (dim, dstate)
   const float* D;           // (dim,)
   const float* delta_bias;  // (dim,)
-  ChannelParameter initial_state, state_offset, output_offset;
+  ChannelParameter initial_state;  // of each row, or of each sequence in the backward scan
+  ChannelParameter state_offset, output_offset;  // of each sequence
   bool delta_softplus;
+  float* step_sums;  // (rows, dim), wanted where not null: the sum of dt over a row
   // (kept chunks, sections, padded section size / lanes, dstate, lanes): the state after each chunk but the last of a row
   float* chunk_states;
 
-  Row row(int64_t r) const { return bounds ? Row{0, bounds[r], bounds[r + 1]} : Row{r, 0, seqlen}; }
+  int64_t sequence(int64_t r) const { return r / segments; }
+  int64_t sequences() const { return rows / segments; }
+  Row row(int64_t r) const {
+    if (bounds) return {0, bounds[r], bounds[r + 1]};
+    const int64_t end = segment_begin(r % segments + 1);
+    return {sequence(r), segment_begin(r % segments), end < seqlen ? end : seqlen};
+  }
+  bool begins_sequence(const Row& row) const { return bounds || row.begin == 0; }
+  bool ends_sequence(const Row& row) const { return bounds || row.end == seqlen; }
   // Where the chunks of row r are kept: of n steps, (n - 1) / kChunk. Packed sequences may leave one unused between them, so
   // that how many there are depends on shapes alone.
-  int64_t first_chunk(int64_t r) const { return bounds ? (bounds[r] - r) / kChunk : r * ((seqlen - 1) / kChunk); }
+  int64_t first_chunk(int64_t r) const {
+    if (bounds) return (bounds[r] - r) / kChunk;
+    return sequence(r) * ((seqlen - 1) / kChunk) + segment_begin(r % segments) / kChunk;
+  }
   int64_t kept_channels() const { return partition.sections * round_up(partition.section_size(), kChannelPadding); }
   int64_t padded_states() const { return round_up(dstate, kStateGroup); }
+
+ private:
+  int64_t segment_begin(int64_t i) const {
+    const int64_t chunks = (seqlen + kChunk - 1) / kChunk;
+    return (chunks * i + segments - 1) / segments * kChunk;
+  }
 };
 
 struct SelectiveScanForward : SelectiveScanParams {
@@ -91,6 +112,7 @@ struct SelectiveScanForward : SelectiveScanParams {
 struct SelectiveScanBackward : SelectiveScanParams {
   SequenceTensor dout, du, ddelta, dz;
   const float* dlast_state;  // (rows, dim, dstate)
+  float* dfirst_state;       // (rows, dim, dstate), wanted where not null: the gradient of the state before each row
   float* dBC;                // (batch, ranges, seqlen, 2, padded states): each range's share of dB and dC; or null
   ChannelGradient dA, dD, ddelta_bias, dinitial_state, dstate_offset, doutput_offset;
 };

@@ -21,7 +21,8 @@ struct Workspace {
     dA = p.dA.data ? arena.take(matrix) : nullptr;
     dinitial_state = p.dinitial_state.data ? arena.take(matrix) : nullptr;
     doffset = p.dstate_offset.data ? arena.take(matrix) : nullptr;
-    for (float** vector : {&smallest_decay, &largest_decay, &D, &delta_bias, &output_offset, &dD, &ddelta_bias, &doutput_offset}) {
+    for (float** vector : {&smallest_decay, &largest_decay, &D, &delta_bias, &output_offset, &step_sum, &dD, &ddelta_bias,
+                           &doutput_offset}) {
       *vector = arena.take(channels);
     }
     B = arena.take(state_rows_floats(p));
@@ -39,7 +40,7 @@ struct Workspace {
 
   // Of the task's channels.
   float *A, *carry, *first_state, *offset, *dA, *dinitial_state, *doffset;
-  float *smallest_decay, *largest_decay, *D, *delta_bias, *output_offset, *dD, *ddelta_bias, *doutput_offset;
+  float *smallest_decay, *largest_decay, *D, *delta_bias, *output_offset, *step_sum, *dD, *ddelta_bias, *doutput_offset;
   // Of a chunk.
   float *B, *C, *dB, *dC;
   // Of a tile.
@@ -245,6 +246,7 @@ void prepare(const SelectiveScanBackward& p, const Workspace& w, const ChannelBl
   const Vec bias = load(w.delta_bias + block * kLanes);
   const bool may_grow = blocks.may_grow(p, w.largest_decay, block);
   const bool has_dout = p.dout.data != nullptr, has_z = p.z.data != nullptr;
+  Vec step_sum = load(w.step_sum + block * kLanes);
   for (int64_t t = 0; t < rows.steps; ++t) {
     const int64_t row = t * kLanes;
     Vec dt = load(rows.delta[t]) + bias, slope = broadcast(1.0f);
@@ -257,6 +259,7 @@ void prepare(const SelectiveScanBackward& p, const Workspace& w, const ChannelBl
     store(w.dtu + row, dt * load(rows.u[t]));
     if (may_grow) dt = bounded_step(dt, smallest_decay, largest_decay);
     store(w.dt + row, dt);
+    step_sum += dt;
 
     Vec dy = has_dout ? load(rows.dout[t]) : Vec{};
     if (has_z) {
@@ -266,6 +269,7 @@ void prepare(const SelectiveScanBackward& p, const Workspace& w, const ChannelBl
     }
     store(w.dy + row, dy);
   }
+  store(w.step_sum + block * kLanes, step_sum);
 }
 
 template <typename T>
@@ -335,7 +339,7 @@ void run_chunk(const SelectiveScanBackward& p, const Workspace& w, const Channel
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const TilePosition at{row.batch, blocks.channel(i), blocks.lanes(i), time, steps};
     const int64_t matrix = i * blocks.matrix_size();
-    const bool first = time == row.begin;
+    const bool first = time == row.begin && p.begins_sequence(row);
     const float* const next_state = first || i + 1 == blocks.count() ? nullptr : blocks.chunk_state(p, chunk - 1, i + 1);
     Prefetch<4> inputs({&p.u, &p.delta, &p.z, &p.dout}, blocks.next_tile(row, at, i + 1, -kChunk), next_state);
     Prefetch<3> outputs({&p.du, &p.ddelta, &p.dz}, at);
@@ -378,15 +382,16 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
   const int64_t first_row = p.partition.batch_begin(task);
   for (int64_t r = first_row; r < p.partition.batch_end(task); ++r) {
     const bool first = r == first_row;
+    const int64_t sequence = p.sequence(r);
     if (w.offset && (first || p.state_offset.batch_stride)) {
-      blocks.pack_matrix(p.state_offset.data + r * p.state_offset.batch_stride, w.offset);
+      blocks.pack_matrix(p.state_offset.data + sequence * p.state_offset.batch_stride, w.offset);
     }
     if (first || p.output_offset.batch_stride) {
       const float* const offset = p.output_offset.data;
-      blocks.pack_vector(offset ? offset + r * p.output_offset.batch_stride : nullptr, w.output_offset);
+      blocks.pack_vector(offset ? offset + sequence * p.output_offset.batch_stride : nullptr, w.output_offset);
     }
     if (w.first_state && (first || p.initial_state.batch_stride)) {
-      blocks.pack_matrix(p.initial_state.data + r * p.initial_state.batch_stride, w.first_state);
+      blocks.pack_matrix(p.initial_state.data + sequence * p.initial_state.batch_stride, w.first_state);
     }
     if (p.dlast_state) {
       blocks.pack_matrix(p.dlast_state + r * p.dim * p.dstate, w.carry);
@@ -394,6 +399,7 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
       fill_zero(w.carry, matrix_floats);
     }
 
+    fill_zero(w.step_sum, vector_floats);
     const Row row = p.row(r);
     float* dBC = p.dBC;
     if (dBC) dBC += (row.batch * p.partition.ranges + p.partition.range(task)) * p.seqlen * 2 * p.padded_states();
@@ -401,9 +407,11 @@ void run(const SelectiveScanBackward& p, int64_t task, float* scratch) {
       run_chunk(p, w, blocks, row, row.begin + chunk * kChunk, p.first_chunk(r) + chunk, dBC);
     }
 
-    if (p.dinitial_state.data) {
+    if (p.step_sums) blocks.unpack_vector(w.step_sum, p.step_sums + r * p.dim);
+    if (p.dfirst_state) blocks.unpack_matrix(w.carry, p.dfirst_state + r * p.dim * p.dstate);
+    if (p.dinitial_state.data && p.begins_sequence(row)) {
       if (p.dinitial_state.batch_stride) {
-        blocks.unpack_matrix(w.carry, p.dinitial_state.data + r * p.dinitial_state.batch_stride);
+        blocks.unpack_matrix(w.carry, p.dinitial_state.data + sequence * p.dinitial_state.batch_stride);
       } else {
         add(w.dinitial_state, w.carry, matrix_floats);
       }

@@ -15,13 +15,15 @@ struct Workspace {
     state = arena.take(matrix);
     first_state = p.initial_state.data ? arena.take(matrix) : nullptr;
     offset = p.state_offset.data ? arena.take(matrix) : nullptr;
-    for (float** vector : {&smallest_decay, &largest_decay, &D, &delta_bias, &output_offset}) *vector = arena.take(channels);
+    for (float** vector : {&smallest_decay, &largest_decay, &D, &delta_bias, &output_offset, &step_sum}) {
+      *vector = arena.take(channels);
+    }
     B = arena.take(state_rows_floats(p));
     C = arena.take(state_rows_floats(p));
     for (float** tile : {&u, &delta, &z, &out, &dt, &dtu, &y}) *tile = arena.take(kChunk * kLanes);
   }
 
-  float *A, *state, *first_state, *offset, *smallest_decay, *largest_decay, *D, *delta_bias, *output_offset, *B, *C;
+  float *A, *state, *first_state, *offset, *smallest_decay, *largest_decay, *D, *delta_bias, *output_offset, *step_sum, *B, *C;
   float *u, *delta, *z, *out, *dt, *dtu, *y;
 };
 
@@ -77,6 +79,7 @@ void prepare(const SelectiveScanForward& p, const Workspace& w, const ChannelBlo
   const Vec bias = load(w.delta_bias + block * kLanes), D = load(w.D + block * kLanes);
   const Vec output_offset = load(w.output_offset + block * kLanes);
   const bool may_grow = blocks.may_grow(p, w.largest_decay, block);
+  Vec step_sum = load(w.step_sum + block * kLanes);
   for (int64_t t = 0; t < steps; ++t) {
     Vec dt = load(delta[t]) + bias;
     if (p.delta_softplus) dt = softplus(dt);
@@ -85,7 +88,9 @@ void prepare(const SelectiveScanForward& p, const Workspace& w, const ChannelBlo
     store(w.y + t * kLanes, D * value + output_offset);
     if (may_grow) dt = bounded_step(dt, smallest_decay, largest_decay);
     store(w.dt + t * kLanes, dt);
+    step_sum += dt;
   }
+  store(w.step_sum + block * kLanes, step_sum);
 }
 
 template <typename T>
@@ -118,11 +123,12 @@ void run_block(const SelectiveScanForward& p, const Workspace& w, const ChannelB
   finish_rows(p.out, at, out);
 }
 
-// One chunk of a row from the step `time` on; the state after it is kept as that of `chunk` if another one follows.
+// One chunk of a row from the step `time` on; the state after it is kept as that of `chunk` if another one of the sequence
+// follows.
 void run_chunk(const SelectiveScanForward& p, const Workspace& w, const ChannelBlocks& blocks, const Row& row, int64_t time,
                int64_t chunk) {
   const int64_t steps = row.end - time < kChunk ? row.end - time : kChunk;
-  const bool kept = p.chunk_states && time + steps < row.end;
+  const bool kept = p.chunk_states && !(time + steps == row.end && p.ends_sequence(row));
   const StateRows B = state_rows(p, p.B, blocks.section(), row.batch, time, steps, w.B);
   const StateRows C = state_rows(p, p.C, blocks.section(), row.batch, time, steps, w.C);
   for (int64_t i = 0; i < blocks.count(); ++i) {
@@ -152,12 +158,13 @@ void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
   const int64_t first_row = p.partition.batch_begin(task);
   for (int64_t r = first_row; r < p.partition.batch_end(task); ++r) {
     const bool first = r == first_row;
+    const int64_t sequence = p.sequence(r);
     if (w.offset && (first || p.state_offset.batch_stride)) {
-      blocks.pack_matrix(p.state_offset.data + r * p.state_offset.batch_stride, w.offset);
+      blocks.pack_matrix(p.state_offset.data + sequence * p.state_offset.batch_stride, w.offset);
     }
     if (first || p.output_offset.batch_stride) {
       const float* const offset = p.output_offset.data;
-      blocks.pack_vector(offset ? offset + r * p.output_offset.batch_stride : nullptr, w.output_offset);
+      blocks.pack_vector(offset ? offset + sequence * p.output_offset.batch_stride : nullptr, w.output_offset);
     }
     if (w.first_state) {
       if (first || p.initial_state.batch_stride) {
@@ -167,12 +174,14 @@ void run(const SelectiveScanForward& p, int64_t task, float* scratch) {
     } else {
       fill_zero(w.state, matrix_floats);
     }
+    fill_zero(w.step_sum, blocks.count() * kLanes);
     const Row row = p.row(r);
     const int64_t chunk = p.first_chunk(r), chunks = (row.end - row.begin - 1) / kChunk + 1;
     for (int64_t i = 0; i < chunks; ++i) run_chunk(p, w, blocks, row, row.begin + i * kChunk, chunk + i);
     const int64_t unused = chunk + chunks - 1;
-    if (p.chunk_states && unused < p.first_chunk(r + 1)) blocks.clear_chunk(p, unused);
+    if (p.chunk_states && p.bounds && unused < p.first_chunk(r + 1)) blocks.clear_chunk(p, unused);
     blocks.unpack_matrix(w.state, p.last_state + r * p.dim * p.dstate);
+    if (p.step_sums) blocks.unpack_vector(w.step_sum, p.step_sums + r * p.dim);
   }
 }
 
