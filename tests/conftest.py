@@ -14,11 +14,17 @@ import sys
 import pytest
 import torch
 
-# the tests are no package: what they share is loaded from its file
-_spec = importlib.util.spec_from_file_location("numerics", Path(__file__).with_name("numerics.py"))
-numerics = importlib.util.module_from_spec(_spec)
-sys.modules["numerics"] = numerics
-_spec.loader.exec_module(numerics)
+
+def _load(name: str):
+    # the tests are no package: what they share is loaded from its file
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+numerics = _load("numerics")
+_load("emulated_cuda")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
 
+kernels = torch.ops.ssmtune_native
+
 CHUNK_SIZE = 32
 CHANNEL_BLOCK = 16
 
@@ -33,9 +35,7 @@ def selective_scan_forward(
     chunk_states: Tensor | None,
 ) -> None:
     """Run the scan."""
-    torch.ops.ssmtune_native.selective_scan_fwd(
-        *scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states
-    )
+    kernels.selective_scan_fwd(*scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states)
 
 
 def selective_scan_backward(
@@ -48,7 +48,7 @@ def selective_scan_backward(
     gradients: list[Tensor | None],
 ) -> None:
     """Run the scan backward."""
-    torch.ops.ssmtune_native.selective_scan_bwd(
+    kernels.selective_scan_bwd(
         sequence(dout, inputs[0].dtype),
         parameter(dlast_state),
         *scan_inputs(*inputs),
@@ -61,14 +61,14 @@ def selective_scan_backward(
 
 def selective_state_update(*args) -> Tensor:
     """Advance the state by one step."""
-    return torch.ops.ssmtune_native.selective_state_update(*args)
+    return kernels.selective_state_update(*args)
 
 
 def causal_conv1d_forward(
     inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor, final_states: Tensor | None
 ) -> None:
     """Run the convolution."""
-    torch.ops.ssmtune_native.causal_conv1d_fwd(*conv_inputs(*inputs), silu, out, final_states)
+    kernels.causal_conv1d_fwd(*conv_inputs(*inputs), silu, out, final_states)
 
 
 def causal_conv1d_backward(
@@ -80,7 +80,7 @@ def causal_conv1d_backward(
 ) -> None:
     """Run the convolution backward."""
     x = inputs[0]
-    torch.ops.ssmtune_native.causal_conv1d_bwd(
+    kernels.causal_conv1d_bwd(
         torch.zeros_like(x) if dout is None else sequence(dout, x.dtype),
         sequence(dfinal_states, x.dtype),
         *conv_inputs(*inputs),
@@ -91,4 +91,4 @@ def causal_conv1d_backward(
 
 def causal_conv1d_update(*args) -> Tensor:
     """Advance the state of the convolution by one step."""
-    return update_in_float32(torch.ops.ssmtune_native.causal_conv1d_update, *args)
+    return update_in_float32(kernels.causal_conv1d_update, *args)

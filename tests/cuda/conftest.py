@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ff
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def compile_library(name: str, sources: list[Path], sanitize: bool = False) -> Path:
+def compile_library(name: str, sources: list[Path], sanitize: bool = False, options: Sequence[str] = ()) -> Path:
     """Compile CUDA sources and the emulator into a library, side by side, and link them; skips without a compiler."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    flags = [*FLAGS, *(("-O1", *SANITIZE) if sanitize else ("-O2",)), f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+    flags = [*FLAGS, *(("-O1", *SANITIZE) if sanitize else ("-O2",)), f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", *options]
     read = sorted({*EMULATOR.iterdir(), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir(), *sources})
     state = hashlib.sha256(repr((compiler, flags, sources)).encode())
     for path in read:
@@ -36,13 +37,14 @@ def compile_library(name: str, sources: list[Path], sanitize: bool = False) -> P
     for old in CACHE.glob(f"{name}-*"):
         old.unlink()
     objects = {library.with_suffix(f".{i}.o"): path for i, path in enumerate([EMULATOR / "emulator.cpp", *sources])}
-    running = [
-        subprocess.Popen([compiler, *flags, "-x", "c++", "-c", path, "-o", target], stderr=subprocess.PIPE, text=True)
-        for target, path in objects.items()
-    ]
-    for process in running:
-        messages = process.communicate()[1]
-        assert process.returncode == 0, messages
+
+    def compile_source(target: Path) -> subprocess.CompletedProcess:
+        command = [compiler, *flags, "-x", "c++", "-c", objects[target], "-o", target]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(compile_source, objects):
+            assert done.returncode == 0, done.stderr
     unfinished = library.with_suffix(".new")
     subprocess.run([compiler, *flags, "-shared", *objects, "-o", unfinished], check=True)
     for path in objects:

