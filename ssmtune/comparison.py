@@ -71,7 +71,8 @@ class ComparisonConfig:
     def check(self) -> None:
         """Raises ConfigError with one line per problem."""
         problems = [f"method {n!r} is unknown{nearest(n, METHODS)}" for n in self.methods if n not in METHODS]
-        problems += [f"task {n!r} is unknown{nearest(n, TASKS)}" for n in self.tasks if n not in TASKS]
+        tasks = f"; there are {', '.join(TASKS)}"
+        problems += [f"task {n!r} is unknown{nearest(n, TASKS) or tasks}" for n in self.tasks if n not in TASKS]
         for key, values in (("methods", self.methods), ("tasks", self.tasks), ("lr_factors", self.lr_factors)):
             if not values:
                 problems.append(f"{key} is empty")

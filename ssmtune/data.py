@@ -22,11 +22,15 @@ _SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the target that follows it character for character, and further accepted targets."""
+    """A prompt, the target that follows it character for character, and further accepted targets.
+
+    `group` is what a metric needs to know of the example besides: the part of a test set, or the database of a query.
+    """
 
     prompt: str
     target: str
     references: tuple[str, ...] = ()
+    group: str = ""
 
 
 def load_examples(
@@ -256,7 +260,7 @@ def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]
     if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{nearest(file.name, siblings)}\n  Check --data.path.")
-    return _hub_rows(str(path), split)
+    return hub_rows(str(path), split)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -305,7 +309,16 @@ def _lines(file: Path) -> Iterator[str]:
         raise ValueError(f"{file} is not text in UTF-8.\n  Convert it, for example with iconv -t utf-8.") from None
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def hub_rows(name: str, split: str, subset: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a dataset on the hub, each with where it is, such as "row 3".
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        subset: the part of the dataset that has a name of its own (a "config"), if it has any.
+
+    Raises:
+        ConfigError: it cannot be loaded, or only by a version of `datasets` that runs code from the hub.
+    """
     from ssmtune.hub import cache_alone_if_unreachable
 
     try:
@@ -313,16 +326,22 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except ImportError:
         raise ConfigError(
             f"{name!r} is not a local file, and reading datasets from the hub needs the `datasets` package.\n"
-            "  Check --data.path, or run: pip install datasets"
+            "  Check the path, or run: pip install datasets"
         ) from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise ConfigError(
+            f"{name!r} is not a local file, and datasets {datasets.__version__} may run code from the hub to load it.\n"
+            "  From version 4 on it never does.\n  Run: pip install -U datasets"
+        )
+    path, _, revision = name.partition("@")
     try:
         with cache_alone_if_unreachable():
-            rows = datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset(path, subset, split=split, revision=revision or None)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{name!r} is not a local file, and split {split!r} of a dataset of that name could not be loaded.\n"
-            f"  {reason}\n  Check --data.path and --data.split, and the network."
+            f"  {reason}\n  Check the name, the split and the network."
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row

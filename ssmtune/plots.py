@@ -22,6 +22,10 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
     "bits_per_character": "bits per character",
     "loss": "loss",
+    "matthews": "Matthews' correlation, x 100",
+    "pearson": "Pearson's correlation, x 100",
+    "rouge_1": "ROUGE-1",
+    "execution": "execution accuracy, %",
 }
 
 

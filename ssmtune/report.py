@@ -16,7 +16,20 @@ from ssmtune import plots
 from ssmtune.run_directory import write_whole
 from ssmtune.summary import MethodRow, Spread, Summary, TaskSummary, summarize
 
-SHORT_METRICS = {"accuracy": "accuracy %", "bleu": "BLEU", "rouge_l": "ROUGE-L", "bits_per_character": "bits/char"}
+SHORT_METRICS = {
+    "accuracy": "accuracy %",
+    "f1": "F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "bleu": "BLEU",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "bits_per_character": "bits/char",
+    "execution": "execution %",
+    "exact_match": "exact match %",
+}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,27 @@ if TYPE_CHECKING:
 TASKS = {
     "docstring-package": "which standard-library package a docstring documents (accuracy; no data needed)",
     "docstring-continuation": "the second half of a docstring (perplexity; no data needed)",
-    "e2e": "a sentence from restaurant attributes (BLEU, ROUGE-L; --data-dir with the E2E NLG csv files)",
-    "files": "your own prompts and completions (perplexity; --data-dir with train, dev and test files)",
+    "e2e": "a sentence from restaurant attributes (BLEU, ROUGE-L; E2E NLG)",
+    "webnlg": "a text from DBpedia triples (BLEU, seen and unseen categories apart; WebNLG 2017)",
+    "dart": "a text from triples of tables (BLEU, ROUGE-L; DART 1.1.1)",
+    "samsum": "the summary of a chat (ROUGE-1, -2, -L; SAMSum)",
+    "spider": "SQL for a question (execution accuracy, exact set match; Spider)",
+    "sst2": "is a review positive (accuracy; GLUE)",
+    "cola": "is a sentence good English (Matthews' correlation; GLUE)",
+    "mrpc": "do two sentences say the same (accuracy, F1; GLUE)",
+    "qqp": "do two questions ask the same (accuracy, F1; GLUE)",
+    "stsb": "how alike are two sentences (Pearson's, Spearman's correlation; GLUE)",
+    "mnli": "does a hypothesis follow (accuracy, matched and mismatched apart; GLUE)",
+    "qnli": "does a sentence answer a question (accuracy; GLUE)",
+    "rte": "does a hypothesis follow (accuracy; GLUE)",
+    "wnli": "does a sentence with its pronoun resolved follow (accuracy; GLUE)",
+    "files": "your own prompts and completions (perplexity; train, dev and test files)",
+}
+
+_MODULES = {
+    "docstring-package": "docstrings",
+    "docstring-continuation": "docstrings",
+    **dict.fromkeys(("sst2", "cola", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"), "glue"),
 }
 
 
@@ -26,25 +46,16 @@ def load_task(
 
     Args:
         name: a key of TASKS.
-        data_dir: where the task's files are, for the tasks that have any.
+        data_dir: where the task's files are, or a dataset on the hub, for the tasks that read any.
         limit: at most so many examples in each split, or in the splits named; chosen by a hash of their content.
         seed: which examples a limit keeps.
 
     Raises:
         ConfigError: there is no such task (names the nearest), or `data_dir` is missing or lacks files.
+        ValueError: the data is broken; names the file and the line.
     """
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}{nearest(name, TASKS)}\n  Tasks: {', '.join(TASKS)}.")
-    if name == "e2e":
-        from ssmtune.tasks.e2e import e2e_task
-
-        task = e2e_task(data_dir)
-    elif name == "files":
-        from ssmtune.tasks.files import files_task
-
-        task = files_task(data_dir)
-    else:
-        from ssmtune.tasks.docstrings import continuation_task, package_task
-
-        task = package_task() if name == "docstring-package" else continuation_task()
-    return task.limited(limit, seed)
+    # only now: a task's module imports numpy or torch
+    module = import_module(f"ssmtune.tasks.{_MODULES.get(name, name)}")
+    return module.load(name, data_dir).limited(limit, seed)

@@ -107,6 +107,11 @@ def _without_near_duplicates(docstrings: list[Docstring]) -> list[Docstring]:
     return kept
 
 
+def load(name: str, data_dir: str | Path | None) -> ChoiceTask | ContinuationTask:
+    """`docstring-package` or `docstring-continuation`; neither reads any `data_dir`."""
+    return package_task() if name == "docstring-package" else continuation_task()
+
+
 def package_task(root: Path | None = None) -> ChoiceTask:
     """`docstring-package`: which of eight packages does a docstring document?
 

@@ -21,7 +21,7 @@ FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.c
 WHERE = "It is released at https://github.com/tuetschek/e2e-dataset under CC BY-SA 4.0."
 
 
-def e2e_task(data_dir: str | Path | None) -> GenerationTask:
+def load(name: str, data_dir: str | Path | None) -> GenerationTask:
     """The E2E task from `data_dir`: a folder with the three csv files (or one below it), or e2e-dataset.zip.
 
     One training example per reference; dev and test have one example per meaning representation, with all its
@@ -37,7 +37,7 @@ def e2e_task(data_dir: str | Path | None) -> GenerationTask:
         )
     pairs = {split: _read_pairs(text, name) for split, (name, text) in _read_files(Path(data_dir)).items()}
     return GenerationTask(
-        name="e2e",
+        name=name,
         metric="bleu",
         higher_is_better=True,
         train=[_example(meaning, (reference,)) for meaning, reference in pairs["train"]],

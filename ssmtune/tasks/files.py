@@ -12,7 +12,7 @@ SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
-def files_task(data_dir: str | Path | None) -> ContinuationTask:
+def load(name: str, data_dir: str | Path | None) -> ContinuationTask:
     """`files`: perplexity of the `completion` column given the `prompt` column.
 
     `data_dir` holds train, dev (or validation) and test, each a .jsonl, .csv or .tsv file with those two columns.
@@ -36,7 +36,7 @@ def files_task(data_dir: str | Path | None) -> ContinuationTask:
         )
     examples = {split: load_examples(file) for split, file in found.items()}
     return ContinuationTask(
-        name="files",
+        name=name,
         metric="perplexity",
         higher_is_better=False,
         **examples,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssmtune.data import Example
-from ssmtune.tasks.task import Task
+from ssmtune.tasks.task import Task, with_groups
+from ssmtune.tasks.text_metrics import corpus_bleu, rouge
 
 
 @dataclass(frozen=True)
@@ -14,48 +15,39 @@ class GenerationTask(Task):
     """Corpus BLEU (sacrebleu) and ROUGE-L (rouge-score) of greedy generations, both in 0..100."""
 
     def evaluate(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> dict[str, float]:
+        return self.score(self.generate(model, tokenizer, examples, batch_size), examples)
+
+    def generate(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
+        """One line of text for each example."""
         from ssmtune.generation import generate_texts
 
-        prompts = [example.prompt for example in examples]
         texts = generate_texts(
             model,
             tokenizer,
-            prompts,
+            [example.prompt for example in examples],
             max_new_tokens=self.max_new_tokens,
             batch_size=batch_size,
             max_length=self.max_length,
         )
         # Neighbouring lines must not run together, and a model may go on after the sentence asked for.
-        hypotheses = [text.strip().split("\n")[0] for text in texts]
-        references = [example.references or (example.target.strip(),) for example in examples]
-        return {"bleu": corpus_bleu(hypotheses, references), "rouge_l": rouge_l(hypotheses, references)}
+        return [text.strip().split("\n")[0].strip() for text in texts]
+
+    def score(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """The metrics of texts written for `examples`, and those of each group of examples."""
+        return with_groups(self._scores, hypotheses, examples, [example.group for example in examples])
+
+    def _scores(self, hypotheses: list[str], examples: list[Example]) -> dict[str, float]:
+        references = references_of(examples)
+        return {"bleu": corpus_bleu(hypotheses, references), "rouge_l": rouge(hypotheses, references)["rouge_l"]}
 
 
-def corpus_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """BLEU of sacrebleu's defaults (13a tokens, mixed case, 4-grams), any number of references per hypothesis."""
-    sacrebleu = _metric_package("sacrebleu", "sacrebleu")
-    streams = [
-        [row[k] if k < len(row) else None for row in references] for k in range(max(len(row) for row in references))
-    ]
-    return float(sacrebleu.corpus_bleu(list(hypotheses), streams).score)
+@dataclass(frozen=True)
+class SummaryTask(GenerationTask):
+    """ROUGE-1, ROUGE-2 and ROUGE-L (rouge-score) of greedy generations, all in 0..100."""
+
+    def _scores(self, hypotheses: list[str], examples: list[Example]) -> dict[str, float]:
+        return rouge(hypotheses, references_of(examples), ("rouge_1", "rouge_2", "rouge_l"))
 
 
-def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over hypotheses of the best ROUGE-L F-measure over their references, without stemming."""
-    scorer = _metric_package("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"], use_stemmer=False)
-    scores = [
-        scorer.score_multi(list(row), text)["rougeL"].fmeasure for text, row in zip(hypotheses, references, strict=True)
-    ]
-    return 100.0 * sum(scores) / max(1, len(scores))
-
-
-def _metric_package(module: str, package: str):
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RuntimeError(
-            f"this task's metric needs the package {package}, which is not installed ({error}).\n"
-            "  Run: pip install 'ssmtune[eval]'"
-        ) from None
+def references_of(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    return [example.references or (example.target.strip(),) for example in examples]

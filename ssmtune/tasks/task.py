@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,8 @@ class Task(ABC):
         """Scores `model` on `examples`.
 
         Returns:
-            metric name to value; accuracies, BLEU and ROUGE are in 0..100.
+            metric name to value; accuracies, correlations, BLEU and ROUGE are in 0..100 (correlations from -100).
+            `invalid`, where answers can be: how many are no answer at all; they count as wrong everywhere.
         """
 
     def limited(self, limit: int | Mapping[str, int] | None, seed: int = 0) -> Task:
@@ -78,8 +79,24 @@ class Task(ABC):
         digest = hashlib.sha256(self.name.encode())
         for split in SPLITS:
             for example in getattr(self, split):
-                digest.update(repr((split, example.prompt, example.target, example.references)).encode())
+                content = (split, example.prompt, example.target, example.references)
+                digest.update(repr(content + (example.group,) * bool(example.group)).encode())
         return digest.hexdigest()[:16]
+
+
+def with_groups(
+    score: Callable[[list, list], dict[str, float]],
+    answers: Sequence,
+    examples: Sequence[Example],
+    groups: Sequence[str],
+) -> dict[str, float]:
+    """Scores of all answers, then those of each group apart as `metric_group`; "" is no group."""
+    scores = score(list(answers), list(examples))
+    for group in sorted(set(groups) - {""}):
+        rows = [i for i, own in enumerate(groups) if own == group]
+        part = score([answers[i] for i in rows], [examples[i] for i in rows])
+        scores |= {f"{name}_{group}": value for name, value in part.items()}
+    return scores
 
 
 def content_hash(*parts: object) -> int:

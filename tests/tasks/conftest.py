@@ -1,3 +1,6 @@
+import tarfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,3 +32,15 @@ def byte_model():
     with torch.no_grad():
         model.backbone.embeddings.weight.mul_(10)
     return model
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """A folder with the files of the real releases, as far as they are at hand; skips where none are."""
+    archive = Path(__file__).parents[3] / "shared" / "data" / "tasks.tar.xz"
+    if not archive.exists():
+        pytest.skip("the releases of the tasks are not at hand")
+    folder = tmp_path_factory.mktemp("releases")
+    with tarfile.open(archive) as members:
+        members.extractall(folder, filter="data")
+    return folder

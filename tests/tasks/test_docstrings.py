@@ -80,7 +80,8 @@ def test_harvest_is_the_same_every_time():
 
 
 def test_harvest_parses_and_never_imports(tmp_path):
-    (tmp_path / "bomb.py").write_text(textwrap.dedent('''
+    (tmp_path / "bomb.py").write_text(
+        textwrap.dedent('''
         """The module."""
         raise SystemExit("imported")
 
@@ -90,14 +91,17 @@ def test_harvest_parses_and_never_imports(tmp_path):
                 """A method."""
                 def inner():
                     """Deep inside."""
-    '''))
+    ''')
+    )
     (tmp_path / "broken.py").write_text("def (:")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "skipped.py").write_text('"""Not documentation."""')
     found = [(d.module, d.scope, d.text) for d in harvest(tmp_path)]
     assert found == [
-        ("bomb.py", "", "The module."), ("bomb.py", "Outer", "A class."),
-        ("bomb.py", "Outer", "A method."), ("bomb.py", "Outer", "Deep inside."),
+        ("bomb.py", "", "The module."),
+        ("bomb.py", "Outer", "A class."),
+        ("bomb.py", "Outer", "A method."),
+        ("bomb.py", "Outer", "Deep inside."),
     ]
     assert "bomb" not in sys.modules
 

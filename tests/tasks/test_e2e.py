@@ -1,17 +1,11 @@
 import csv
-import subprocess
-import sys
-import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from ssmtune.tasks import load_task
 from ssmtune.tasks.e2e import FILES, prompt
-from ssmtune.tasks.generation import corpus_bleu, rouge_l
 
-DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "tasks.tar.xz"
 ROWS = {
     "train": [("name[The Mill], area[riverside]", "The Mill is by the river."), ("name[The Mill]", "Try The  Mill.")],
     "dev": [("name[Zizzi]", "Zizzi exists."), ("name[Zizzi]", "There is Zizzi."), ("name[Aromi]", "Aromi, a place.")],
@@ -63,35 +57,6 @@ def test_prompt_names_every_slot():
     assert said == "Facts: name is A, b; customer rating is 5 out of 5. In words:"
 
 
-def test_bleu_and_rouge_are_the_packages_own_output(tmp_path):
-    from rouge_score import rouge_scorer
-
-    hypotheses = ["A pub by the river called The Mill.", "Zizzi serves cheap food.", "It is Wildwood, a good pub."]
-    references = [
-        ("The Mill is a pub by the river.", "By the river is The Mill, a pub."),
-        ("Zizzi serves cheap Italian food.",),
-        ("Wildwood is a good pub.", "A good pub is Wildwood.", "It is Wildwood, a pub."),
-    ]
-    # Missing references are empty lines in the files that the command line tool takes.
-    (tmp_path / "hyp").write_text("\n".join(hypotheses) + "\n")
-    names = []
-    for k in range(3):
-        names.append(str(tmp_path / f"ref{k}"))
-        Path(names[-1]).write_text("\n".join(row[k] if k < len(row) else "" for row in references) + "\n")
-    said = subprocess.run(
-        [sys.executable, "-m", "sacrebleu", *names, "-i", str(tmp_path / "hyp"), "-b", "-w", "6"],
-        capture_output=True, text=True, check=True,
-    ).stdout
-    assert corpus_bleu(hypotheses, references) == pytest.approx(float(said), abs=1e-6)
-
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    best = [
-        max(scorer.score(reference, text)["rougeL"].fmeasure for reference in row)
-        for text, row in zip(hypotheses, references, strict=True)
-    ]
-    assert rouge_l(hypotheses, references) == pytest.approx(100 * sum(best) / 3)
-
-
 def test_evaluate_compares_one_line_with_all_references(folder, monkeypatch):
     task = load_task("e2e", folder)
     said = {"name is Zizzi": " There is Zizzi.\nFacts: more", "name is Aromi": " Aromi, a place."}
@@ -102,12 +67,8 @@ def test_evaluate_compares_one_line_with_all_references(folder, monkeypatch):
     assert task.evaluate(None, None, task.dev) == {"bleu": pytest.approx(100), "rouge_l": pytest.approx(100)}
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the E2E release is not at hand")
-def test_e2e_reads_the_official_release(tmp_path):
-    with tarfile.open(DATA) as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("e2e/") and m.name.endswith(".csv")]
-        archive.extractall(tmp_path, members=members, filter="data")
-    task = load_task("e2e", tmp_path)
+def test_e2e_reads_the_official_release(released):
+    task = load_task("e2e", released)
     assert task.sizes() == {"train": 42061, "dev": 547, "test": 630}
     assert sum(len(example.references) for example in task.test) == 4693
     assert all("[" not in example.prompt for example in task.test)

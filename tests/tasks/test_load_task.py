@@ -1,9 +1,11 @@
+import dataclasses
 import json
+import sys
 
 import pytest
 
 from ssmtune.config import ConfigError
-from ssmtune.tasks import load_task
+from ssmtune.tasks import TASKS, load_task
 
 
 def test_unknown_task_names_the_nearest():
@@ -41,3 +43,39 @@ def test_limit_takes_a_number_or_one_per_split(files):
         load_task("files", files, limit={"tst": 4})
     with pytest.raises(ValueError, match="limit of test is 0"):
         load_task("files", files, limit={"test": 0})
+
+
+def test_every_task_is_listed_and_has_a_module():
+    from importlib import import_module
+
+    from ssmtune import tasks
+    from ssmtune.tasks.glue import GLUE
+
+    assert set(GLUE) <= set(TASKS)
+    for name, line in TASKS.items():
+        assert callable(import_module(f"ssmtune.tasks.{tasks._MODULES.get(name, name)}").load)
+        assert len(line) < 90
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"docstring-package", "docstring-continuation"}))
+def test_a_task_that_reads_files_says_which(name, tmp_path):
+    with pytest.raises(ConfigError, match=f"task {name} reads its data from disk, and no --data-dir was given"):
+        load_task(name)
+    with pytest.raises(ConfigError, match=f"task {name}: .* lacks "):
+        load_task(name, tmp_path)
+
+
+def test_hub_names_need_datasets_that_never_run_code(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(ConfigError, match=r"(?s)datasets 3\.6\.0 may run code from the hub.*\n  Run: pip install -U"):
+        load_task("sst2", "nyu-mll/glue")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"(?s)'nyu-mll/glue' is not a local file.*pip install datasets"):
+        load_task("sst2", "nyu-mll/glue")
+
+
+def test_fingerprint_tells_groups_apart(files):
+    task = load_task("files", files)
+    grouped = dataclasses.replace(task, test=[dataclasses.replace(e, group="seen") for e in task.test])
+    assert grouped.fingerprint() != task.fingerprint()
