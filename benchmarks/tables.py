@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import instruction_counts, results
 from benchmarks.bars import CONV, DECODING, OPS, STEP, Bar, Run, Sizes, judge
 from benchmarks.results import Row
 
@@ -196,8 +196,27 @@ def _tables(op: str, usual: Run, kept: Run) -> list[str]:
     return [f"{title}:\n\n{table}" for title, table in parts if table.count("\n") > 2]
 
 
+def instruction_section(rows: Sequence[instruction_counts.Row]) -> str:
+    """What the compiled kernels cost, a line for each kernel and case with all targets side by side."""
+    targets = list(dict.fromkeys(row.target for row in rows))
+    counted = [target for target in targets if any(row.target == target and row.instructions for row in rows)]
+    by_case: dict[tuple[str, str], dict[str, instruction_counts.Row]] = {}
+    for row in rows:
+        by_case.setdefault((row.kernel.removesuffix("_kernel"), row.case), {})[row.target] = row
+    body = []
+    for (kernel, case), found in by_case.items():
+        first = next(iter(found.values()))
+        counts = [_number(found[target].instructions) if target in found else "" for target in counted]
+        registers = "/".join(str(found[target].registers) if target in found else "" for target in targets)
+        shared = str(max(row.shared for row in found.values()))
+        bound = "" if first.bound is None else f"<= {first.bound:g}"
+        body.append((kernel, case, first.per, *counts, bound, registers, shared))
+    header = ("kernel", "case", "for each", *counted, "bound", f"registers, {'/'.join(targets)}", "shared, bytes")
+    return f"### Instructions of {rows[0].compiler}\n\n{markdown(header, body)}"
+
+
 def rewrite(readme: Path, folder: Path) -> None:
-    """Put the tables of every CSV file of a folder between the markers of a README.
+    """Put the tables of every CSV file of a folder, and of its subfolder "compiled", between the markers of a README.
 
     Raises:
         ValueError: the README has no markers.
@@ -208,6 +227,7 @@ def rewrite(readme: Path, folder: Path) -> None:
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     sections = [section(path) for path in sorted(folder.glob("*.csv"))]
+    sections += [instruction_section(instruction_counts.read(path)) for path in sorted(folder.glob("compiled/*.csv"))]
     readme.write_text(before + BEGIN + "\n\n" + "\n".join(sections or ["Nothing measured yet.\n"]) + "\n" + END + after)
 
 

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 STEPS = 8
+# of the backward kernel: enough to fill any GPU
+PROGRAMS = 2048
 
 
 @triton.jit
@@ -276,8 +278,8 @@ def causal_conv1d_bwd(
     block_t, block_d = _lanes(x, 4)
     n_tiles, n_sequences = _tiles(x, cu_seqlens, block_t * STEPS)
     n_blocks = triton.cdiv(dim, block_d)
-    # few sums of many tiles, but still programs for every GPU there is
-    tiles_per_program = min(max(n_tiles * n_blocks // 2048, 1), 16)
+    # the more tiles a program sums up, the fewer sums are left
+    tiles_per_program = min(max(n_tiles * n_blocks // PROGRAMS, 1), 16)
     n_programs = triton.cdiv(n_tiles, tiles_per_program)
     partial_sums = [
         None if tensor is None else x.new_empty(n_programs, *tensor.shape, dtype=torch.float32)

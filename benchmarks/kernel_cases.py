@@ -1,0 +1,111 @@
+"""The calls whose Triton kernels are compiled and counted: those of a large model, on tensors that hold nothing.
+
+Each is named by its dtype and by what differs from the default: width 4 or 16 states, channels-last, every optional
+tensor that a plain Mamba has, and the gradients that it owes when its weights are frozen.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ssmtune.ops import layout, triton
+
+BATCH, DIM, SEQLEN = 8, 4096, 2048
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A call of the Triton backend.
+
+    Attributes:
+        fast: whether it stands for the others where there is no time for all.
+    """
+
+    op: str
+    label: str
+    call: Callable[[], None]
+    fast: bool = False
+
+
+def cases() -> Iterator[KernelCase]:
+    """Every case, those of one kernel next to each other."""
+    for name, dtype in DTYPES.items():
+        yield KernelCase("causal_conv1d", name, partial(convolve, dtype), fast=name == "bfloat16")
+    for label, options in {
+        "all gradients": {"weights": True},
+        "states": {"states": True},
+        "packed": {"packed": True},
+        "channels-first": {"first": True},
+        "channels-first, all gradients": {"first": True, "weights": True},
+        "width 2": {"width": 2},
+        "width 3": {"width": 3},
+    }.items():
+        call = partial(convolve, torch.bfloat16, **options)
+        yield KernelCase("causal_conv1d", f"bfloat16, {label}", call, fast=label == "all gradients")
+    for name, dtype in DTYPES.items():
+        yield KernelCase("causal_conv1d_update", name, partial(convolve_step, dtype), fast=name == "bfloat16")
+    for name, dtype in DTYPES.items():
+        for dstate in (16, 64, 128, 256):
+            call = partial(update_state, dtype, dstate)
+            fast = (name, dstate) in {("bfloat16", 16), ("float32", 256)}
+            yield KernelCase("selective_state_update", _with_states(name, dstate), call, fast)
+    for label, options in {"offsets of adapters": {"adapters": True}, "groups": {"groups": 8}}.items():
+        call = partial(update_state, torch.bfloat16, 16, **options)
+        yield KernelCase("selective_state_update", f"bfloat16, {label}", call)
+
+
+def convolve(
+    dtype: torch.dtype, *, weights: bool = False, states: bool = False, packed: bool = False, first: bool = False,
+    width: int = 4,
+) -> None:  # fmt: skip
+    """The convolution with bias and SiLU, forward and backward."""
+    x = _sequence(dtype, first, batch=1 if packed else BATCH)
+    weight, bias = _empty(DIM, width), _empty(DIM)
+    n_sequences = 32 if packed else BATCH
+    initial_states = _empty(n_sequences, DIM, width - 1) if states else None
+    final_states = _empty(n_sequences, DIM, width - 1, dtype=dtype) if states else None
+    cu_seqlens = torch.empty(n_sequences + 1, dtype=torch.int32, device="meta") if packed else None
+    inputs = x, weight, bias, initial_states, cu_seqlens
+    triton.causal_conv1d_forward(inputs, True, layout.empty_like(x), final_states)
+    gradients = [layout.empty_like(x), *((weight, bias) if weights else (None, None)), initial_states]
+    triton.causal_conv1d_backward(layout.empty_like(x), final_states, inputs, True, gradients)
+
+
+def convolve_step(dtype: torch.dtype) -> None:
+    """One step of the convolution with bias and SiLU, its state the last columns of a cache."""
+    state = _empty(BATCH, DIM, 4, dtype=dtype)[:, :, 1:]
+    triton.causal_conv1d_update(_half_of_a_projection(BATCH, dtype=dtype), state, _empty(DIM, 4), _empty(DIM), True)
+
+
+def update_state(dtype: torch.dtype, dstate: int, *, adapters: bool = False, groups: int | None = None) -> None:
+    """One decoding step with a state offset and an output offset, shared or of each row's own adapter."""
+    x = _empty(BATCH, DIM, dtype=dtype)
+    B = _empty(BATCH, *([groups] if groups else []), dstate, dtype=dtype)
+    stack = [4] if adapters else []
+    triton.selective_state_update(
+        *(_empty(BATCH, DIM, dstate), x, x, _empty(DIM, dstate), B, B, _empty(DIM), x, _empty(DIM), True),
+        *(_empty(*stack, DIM, dstate), _empty(*stack, DIM)),
+        torch.empty(BATCH, dtype=torch.int64, device="meta") if adapters else None,
+    )
+
+
+def _with_states(name: str, dstate: int) -> str:
+    return name if dstate == 16 else f"{name}, {dstate} states"
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _half_of_a_projection(*rows: int, dtype: torch.dtype) -> Tensor:
+    return _empty(*rows, 2 * DIM, dtype=dtype)[..., :DIM]
+
+
+def _sequence(dtype: torch.dtype, first: bool = False, batch: int = BATCH) -> Tensor:
+    if first:
+        return _empty(batch, DIM, SEQLEN, dtype=dtype)
+    return _half_of_a_projection(batch, SEQLEN, dtype=dtype).transpose(1, 2)
