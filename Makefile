@@ -1,5 +1,6 @@
 # make test           from a fresh clone: needs Python 3.10+ (venv, pip), a C++ compiler and the package index
 # make test PY=python3   with an interpreter that has everything already; installs nothing
+#                        with SSMTUNE_CUDA=1 builds the CUDA kernels, too; else that is as in setup.py
 #
 # TORCH is given to pip as it stands, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 VENV   ?= .venv
@@ -9,7 +10,7 @@ TORCH  ?= torch==2.13.0
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 ifdef PY
-INSTALLED := build/.native
+INSTALLED := build/.native $(if $(filter 1,$(SSMTUNE_CUDA)),build/.cuda)
 SSMTUNE   := $(PY) -m ssmtune
 else
 PY        := $(VENV)/bin/python
@@ -53,7 +54,7 @@ style: $(INSTALLED)
 	if command -v clang-format >/dev/null; then find csrc -name '*.cpp' -o -name '*.h' | xargs clang-format -i; fi
 
 clean:
-	rm -rf build dist *.egg-info ssmtune/_C.so $(VENV)/.installed
+	rm -rf build dist *.egg-info ssmtune/_C.so ssmtune/_C_cuda.so $(VENV)/.installed
 
 $(VENV)/.requirements: requirements/test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -75,5 +76,13 @@ build/.native: $(NATIVE)
 	mkdir -p build
 	[ "$(SSMTUNE_BUILD)" = off ] || \
 		{ cmake -S . -B build/cmake -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DSSMTUNE_OUTPUT_DIR="$(CURDIR)/ssmtune" && \
-		cmake --build build/cmake --parallel $$(nproc); } || [ "$(SSMTUNE_BUILD)" != require ]
+		cmake --build build/cmake --target _C --parallel $$(nproc); } || [ "$(SSMTUNE_BUILD)" != require ]
+	touch $@
+
+# with SSMTUNE_CUDA=1; nvcc is the one on the PATH, or $$CUDACXX
+build/.cuda: $(NATIVE)
+	mkdir -p build
+	cmake -S . -B build/cuda -DSSMTUNE_CUDA=ON -DSSMTUNE_CUDA_ARCHS="$(SSMTUNE_CUDA_ARCHS)" \
+		-DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" -DSSMTUNE_OUTPUT_DIR="$(CURDIR)/ssmtune"
+	cmake --build build/cuda --target _C_cuda --parallel $$(nproc)
 	touch $@

@@ -41,7 +41,7 @@ def backend() -> Backend:
     spec.loader.exec_module(module)
     module.kernels = getattr(torch.ops, NAMESPACE)
     module.chunk_states_shape = cuda.chunk_states_shape
-    return Backend("cuda-emulated", "emulated CUDA", spec.name, OPERATORS, lambda: None, _accepts)
+    return Backend("cuda-emulated", "emulated CUDA", spec.name, OPERATORS, lambda op: None, _accepts)
 
 
 def library() -> ctypes.CDLL:

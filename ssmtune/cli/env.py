@@ -30,6 +30,7 @@ REMEDIES = {
     "c++": "apt install g++, or set CXX to a compiler",
     "cmake": "pip install cmake",
     "ninja": "pip install ninja (without it make is used)",
+    "nvcc": "install the CUDA toolkit, or name its compiler with CUDACXX",
 }
 VARIABLES = ("SSMTUNE_", "TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -55,8 +56,8 @@ def collect() -> dict:
     """What a bug report needs to know about this installation.
 
     Returns:
-        A dictionary of plain values: versions, platform, cpu, threads, devices, native, backends (for each operator,
-        each backend's reason for not being available or None), variables.
+        A dictionary of plain values: versions, platform, cpu, threads, devices, native, cuda_kernels, backends (for
+        each operator, each backend's reason for not being available or None), variables.
     """
     report = {
         "ssmtune": __version__,
@@ -70,7 +71,9 @@ def collect() -> dict:
     }
     if find_spec("torch") is None:
         native = {"loaded": False, "capability": None, "why_not": NO_TORCH, "build_tools": _build_tools()}
-        return {**report, "threads": None, "cuda": None, "devices": [], "native": native, "backends": {}}
+        cuda_kernels = {"architectures": None, "why_not": NO_TORCH}
+        missing = {"threads": None, "cuda": None, "devices": [], "backends": {}}
+        return {**report, **missing, "native": native, "cuda_kernels": cuda_kernels}
 
     import torch
 
@@ -95,6 +98,7 @@ def collect() -> dict:
             "why_not": native.why_not(),
             "build_tools": _build_tools(),
         },
+        "cuda_kernels": {"why_not": native.cuda_why_not(), "architectures": native.cuda_architectures()},
         "backends": {operator: available_backends(operator) for operator in OPERATORS},
     }
 
@@ -115,11 +119,15 @@ def render(report: dict) -> str:
         rows.append(("cuda", report["cuda"] or "none (torch is built without it)"))
         devices = report["devices"] or ["none, the CPU is used"]
         rows += [("gpu", device) for device in devices]
+    tools, cuda_kernels = native["build_tools"], report["cuda_kernels"]
     if native["loaded"]:
         rows.append(("kernels", f"compiled, running {native['capability']} instructions"))
+        rows.append(("cuda kernels", cuda_kernels["why_not"] or f"compiled for {cuda_kernels['architectures']}"))
+        missing = ["nvcc"] if report["cuda"] and cuda_kernels["why_not"] else []
     else:
         rows.append(("kernels", native["why_not"]))
-        rows += [(f"  {name}", path or f"missing: {REMEDIES[name]}") for name, path in native["build_tools"].items()]
+        missing = ["c++", "cmake", "ninja"]
+    rows += [(f"  {name}", tools[name] or f"missing: {REMEDIES[name]}") for name in missing]
     rows += [(name, value) for name, value in report["variables"].items()]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{value}" for name, value in rows]
@@ -155,4 +163,6 @@ def _build_tools() -> dict[str, str | None]:
     def find(*names: str) -> str | None:
         return next((p for n in names for p in (shutil.which(n), shutil.which(n, path=beside_python)) if p), None)
 
-    return {"c++": find(os.environ.get("CXX", "c++"), "g++", "clang++"), "cmake": find("cmake"), "ninja": find("ninja")}
+    nvcc = os.environ.get("CUDACXX") or find("nvcc", "/usr/local/cuda/bin/nvcc")
+    compiler = find(os.environ.get("CXX", "c++"), "g++", "clang++")
+    return {"c++": compiler, "cmake": find("cmake"), "ninja": find("ninja"), "nvcc": nvcc}

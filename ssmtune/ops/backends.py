@@ -6,7 +6,6 @@ for by name, as an argument, by `with backend(...)` or through SSMTUNE_BACKEND, 
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ssmtune import native
+from ssmtune.ops import causal_conv1d_package
 
 ENVIRONMENT_VARIABLE = "SSMTUNE_BACKEND"
 OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update")
@@ -48,7 +48,7 @@ class Backend:
         title: what it is called in a sentence.
         module: the module that holds its implementations, None while there are none.
         operators: the operators it implements.
-        available: gives None, or the reason it cannot run at all.
+        available: gives None for an operator, or the reason it cannot run here at all.
         accepts: gives None, or the reason it cannot take this call.
     """
 
@@ -56,14 +56,14 @@ class Backend:
     title: str
     module: str | None
     operators: tuple[str, ...]
-    available: Callable[[], str | None]
+    available: Callable[[str], str | None]
     accepts: Callable[[Call], str | None]
 
     def why_not(self, op: str) -> str | None:
         """Give None when the backend can run the operator here, or the reason it cannot."""
         if op not in self.operators:
             return f"no {self.title} kernel for {op} in this version"
-        return self.available()
+        return self.available(op)
 
 
 def _no_gpu() -> str | None:
@@ -74,7 +74,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _triton_available() -> str | None:
+def _triton_available(op: str) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     if _interpreted() or torch.cuda.is_available():
@@ -91,18 +91,19 @@ def _triton_accepts(call: Call) -> str | None:
     return f"the Triton kernels take tensors on cuda, got tensors on {call.device}"
 
 
-# torch.compile cannot trace the import system
+# torch.compile cannot trace how a library is loaded
 @torch.compiler.assume_constant_result
-def _conv_package_is_there() -> bool:
-    return "causal_conv1d" in sys.modules or find_spec("causal_conv1d") is not None
+def why_not_cuda_kernels() -> str | None:
+    """Give None when the compiled CUDA kernels are in use, or the reason they are not."""
+    return native.cuda_why_not()
 
 
-def _cuda_available() -> str | None:
+def _cuda_available(op: str) -> str | None:
     if not torch.cuda.is_available():
         return _no_gpu()
-    if _conv_package_is_there():
+    if op.startswith("causal_conv1d") and causal_conv1d_package.is_there():
         return None
-    return "the package causal_conv1d is not installed; pip install --no-build-isolation causal-conv1d"
+    return why_not_cuda_kernels()
 
 
 def _cuda_accepts(call: Call) -> str | None:
@@ -127,8 +128,8 @@ BACKENDS = {
         Backend(
             "cuda",
             "CUDA",
-            "ssmtune.ops.causal_conv1d_package",
-            ("causal_conv1d", "causal_conv1d_update"),
+            "ssmtune.ops.cuda",
+            ("selective_state_update", "causal_conv1d", "causal_conv1d_update"),
             _cuda_available,
             _cuda_accepts,
         ),
@@ -140,13 +141,13 @@ BACKENDS = {
             _triton_available,
             _triton_accepts,
         ),
-        Backend("cpu", "CPU", "ssmtune.ops.cpu", OPERATORS, native.why_not, _cpu_accepts),
+        Backend("cpu", "CPU", "ssmtune.ops.cpu", OPERATORS, lambda op: native.why_not(), _cpu_accepts),
         Backend(
             "reference",
             "reference",
             "ssmtune.ops.reference_backend",
             OPERATORS,
-            lambda: None,
+            lambda op: None,
             lambda call: None,
         ),
     )
@@ -230,7 +231,7 @@ def choose(
     for backend in BACKENDS.values():
         if op not in backend.operators or backend.accepts(call) is not None or refusals.get(backend.name) is not None:
             continue
-        if backend.available() is None:
+        if backend.available(op) is None:
             if not torch.compiler.is_compiling():
                 _log(op, call, backend.name)
             return backend.name
@@ -247,7 +248,7 @@ def _log(op: str, call: Call, name: str) -> None:
         return
     _logged.add((op, call.device, name))
     expected = BACKENDS["cpu"]
-    reason = expected.available()
+    reason = expected.available(op)
     if name == "reference" and reason is not None and expected.accepts(call) is None:
         logger.warning(
             "%s on %s runs on the reference, which is correct but much slower.\n  The CPU kernels are %s",

@@ -4,7 +4,7 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
-from ssmtune.ops import arguments, backends, causal_conv1d_package
+from ssmtune.ops import arguments, backends, causal_conv1d_package, cuda
 from ssmtune.ops.causal_conv1d_op import causal_conv1d_fwd
 from ssmtune.ops.packing import check_cu_seqlens
 
@@ -73,11 +73,13 @@ def causal_conv1d(
     arguments.check_shape(op, "initial_states", initial_states, ((rows, "dim", "width - 1"),), sizes, why)
 
     final = bool(return_final_states)
-    refusals = {}
+    refusals, packaged = {}, False
     if x.is_cuda:
-        refusals["cuda"] = causal_conv1d_package.why_not(x, weight, initial_states, final, cu_seqlens)
+        why_not_packaged = causal_conv1d_package.why_not(x, weight, initial_states, final, cu_seqlens)
+        packaged = why_not_packaged is None
+        refusals["cuda"] = cuda.why_not_conv(why_not_packaged, weight.shape[1])
     name = backends.choose(op, x.device, x.dtype, backend, refusals)
-    if name == "cuda":
+    if name == "cuda" and packaged:
         return causal_conv1d_package.causal_conv1d(*tensors.values(), cu_seqlens, activation is not None, final)
     out, final_states = causal_conv1d_fwd(*tensors.values(), cu_seqlens, activation is not None, final, name)
     return (out, final_states) if final else out

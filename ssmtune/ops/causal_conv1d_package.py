@@ -1,7 +1,12 @@
-"""The convolution on a GPU by the package causal_conv1d (https://github.com/Dao-AILab/causal-conv1d), where installed.
+"""The convolution on a GPU by the package causal_conv1d (https://github.com/Dao-AILab/causal-conv1d).
 
-It brings its own autograd, so these calls stand beside the operators of PyTorch and not below them.
+The backend cuda convolves with it where it is installed and takes the call, and with the kernels of ssmtune elsewhere.
+It brings its own autograd, so its calls of a sequence stand beside the operators of PyTorch and not below them.
 """
+
+import sys
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -9,7 +14,20 @@ from torch import Tensor
 from ssmtune.ops.layout import is_channels_last
 from ssmtune.ops.packing import sequence_bounds
 
+_NOT_THERE = "the package causal_conv1d is not installed"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# torch.compile cannot trace the import system
+@torch.compiler.assume_constant_result
+def is_there() -> bool:
+    """Say whether the package is installed."""
+    return "causal_conv1d" in sys.modules or _is_found()
+
+
+@cache
+def _is_found() -> bool:
+    return find_spec("causal_conv1d") is not None
 
 
 def why_not(
@@ -20,6 +38,8 @@ def why_not(
     cu_seqlens: Tensor | None,
 ) -> str | None:
     """Give None when the package takes this call of causal_conv1d, or the reason it does not."""
+    if not is_there():
+        return _NOT_THERE
     _, dim, seqlen = x.shape
     has_states = initial_states is not None or return_final_states
     if cu_seqlens is not None and has_states:
@@ -37,6 +57,8 @@ def why_not(
 
 def why_not_update(x: Tensor, conv_state: Tensor, weight: Tensor) -> str | None:
     """Give None when the package takes this call of causal_conv1d_update, or the reason it does not."""
+    if not is_there():
+        return _NOT_THERE
     if conv_state.dtype != x.dtype:
         return f"the package causal_conv1d updates states in the dtype of x, {x.dtype}, got {conv_state.dtype}"
     return _why_not_weight(weight)

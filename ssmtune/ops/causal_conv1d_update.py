@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ssmtune.ops import arguments, backends, causal_conv1d_package
+from ssmtune.ops import arguments, backends, causal_conv1d_package, cuda
 from ssmtune.ops.causal_conv1d import check_activation
 from ssmtune.ops.causal_conv1d_update_op import causal_conv1d_update as update
 from ssmtune.ops.decoding import call_directly, check_overwritten
@@ -50,9 +50,11 @@ def causal_conv1d_update(
     op = "causal_conv1d_update"
     check_activation(op, activation)
     args = x, conv_state, weight, bias, activation is not None
-    out = call_directly(op, x, backend, args)
-    if out is not None:
-        return out
+    # on a GPU the package has the first say
+    if not (isinstance(x, Tensor) and x.is_cuda and causal_conv1d_package.is_there()):
+        out = call_directly(op, x, backend, args)
+        if out is not None:
+            return out
     tensors = {"x": x, "conv_state": conv_state, "weight": weight, "bias": bias}
     arguments.check_tensors(op, "x", tensors, _OPTIONAL)
     arguments.check_dimensions(op, "x", x, ("batch", "dim"))
@@ -65,6 +67,8 @@ def causal_conv1d_update(
     instead = "causal_conv1d on a sequence of length 1\n  with initial_states=conv_state and return_final_states=True"
     check_overwritten(op, "conv_state", tensors, instead)
 
-    refusals = {"cuda": causal_conv1d_package.why_not_update(x, conv_state, weight)} if x.is_cuda else {}
+    refusals = {}
+    if x.is_cuda:
+        refusals["cuda"] = cuda.why_not_conv_update(causal_conv1d_package.why_not_update(x, conv_state, weight))
     name = backends.choose(op, x.device, x.dtype, backend, refusals)
     return update(*args, name)

@@ -20,7 +20,7 @@ def call_directly(op: str, x: object, wish: str | None, args: tuple) -> Tensor |
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return None
-    if x.dtype not in backends.KERNEL_DTYPES or backends.choose(op, x.device, x.dtype, wish) != "cpu":
+    if x.dtype not in backends.KERNEL_DTYPES or backends.choose(op, x.device, x.dtype, wish) not in ("cpu", "cuda"):
         return None
     try:
         return getattr(torch.ops.ssmtune_native, op)(*args)

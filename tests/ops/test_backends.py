@@ -36,8 +36,11 @@ def test_available_backends():
         listed = ssmtune.available_backends(op)
         assert list(listed) == ["cuda", "triton", "cpu", "reference"]
         assert listed["reference"] is None
-        if not op.startswith("causal_conv1d"):
-            assert listed["cuda"] == f"no CUDA kernel for {op} in this version"
+        if not torch.cuda.is_available():
+            assert listed["cuda"] in (
+                f"no GPU found (torch {torch.__version__})",
+                f"no CUDA kernel for {op} in this version",
+            )
         assert listed["cpu"] == native.why_not()
     assert (
         ssmtune.available_backends("selective_scan")["triton"] == "no Triton kernel for selective_scan in this version"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ssmtune
-from ssmtune.ops import backends, causal_conv1d_package
+from ssmtune import native
+from ssmtune.ops import backends, causal_conv1d_package, cuda
 from ssmtune.ops.causal_conv1d_package import why_not, why_not_update
 
 CUDA = torch.device("cuda")
@@ -64,7 +65,7 @@ def test_update(package):
     assert kwargs == {"activation": "silu"}
 
 
-def test_calls_that_fit():
+def test_calls_that_fit(package):
     x, weight, states, bounds = torch.randn(1, 16, 9), torch.randn(16, 4), torch.randn(1, 16, 3), torch.tensor([0, 9])
     assert why_not(x, weight, None, False, None) is None
     assert why_not(torch.randn(1, 17, 9), torch.randn(17, 2), None, False, None) is None
@@ -74,7 +75,7 @@ def test_calls_that_fit():
     assert why_not_update(x[:, :, 0], states, weight) is None
 
 
-def test_calls_that_do_not_fit():
+def test_calls_that_do_not_fit(package):
     x, weight, states, bounds = torch.randn(1, 16, 9), torch.randn(16, 4), torch.randn(1, 16, 3), torch.tensor([0, 9])
     for width in (1, 5):
         assert f"widths of 2 to 4, got {width}" in why_not(x, torch.randn(16, width), None, False, None)
@@ -103,14 +104,32 @@ def test_choice(package):
             backends.choose(op, torch.device("cpu"), torch.float32, "cuda")
 
 
-def test_without_the_package(package, monkeypatch):
+@pytest.fixture
+def no_package(package, monkeypatch):
     monkeypatch.delitem(sys.modules, "causal_conv1d")
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    reason = ssmtune.available_backends("causal_conv1d")["cuda"]
-    assert reason.startswith("the package causal_conv1d is not installed; pip install")
-    assert backends.choose("causal_conv1d", CUDA, torch.float32) == "reference"
-    with pytest.raises(RuntimeError, match="the package causal_conv1d is not installed"):
-        backends.choose("causal_conv1d", CUDA, torch.float32, "cuda")
+    monkeypatch.setattr(causal_conv1d_package, "_is_found", lambda: False)
+
+
+def test_without_the_package(no_package, monkeypatch):
+    monkeypatch.setattr(native, "_cuda_reason", "not built: ssmtune/_C_cuda.so is missing\n  Install nvcc.")
+    x, weight, instead = torch.randn(1, 16, 9), torch.randn(16, 4), "triton" if find_spec("triton") else "reference"
+    for op in ("causal_conv1d", "causal_conv1d_update"):
+        assert ssmtune.available_backends(op)["cuda"].startswith("not built: ssmtune/_C_cuda.so is missing")
+        assert backends.choose(op, CUDA, torch.float32) == instead
+        with pytest.raises(RuntimeError, match="cannot run: not built: ssmtune/_C_cuda.so is missing\n  Install nvcc"):
+            backends.choose(op, CUDA, torch.float32, "cuda")
+    expected = "the package causal_conv1d is not installed; not built: ssmtune/_C_cuda.so is missing"
+    assert cuda.why_not_conv(why_not(x, weight, None, False, None), 4).startswith(expected)
+    assert cuda.why_not_conv_update(why_not_update(x[:, :, 0], x[:, :, :3], weight)).startswith(expected)
+
+
+def test_kernels_take_what_the_package_does_not(no_package, monkeypatch):
+    monkeypatch.setattr(native, "_cuda_loaded", True)
+    monkeypatch.setattr(native, "_cuda_reason", None)
+    assert backends.choose("causal_conv1d", CUDA, torch.float32) == "cuda"
+    assert cuda.why_not_conv("no room", 4) is None and cuda.why_not_conv_update("no room") is None
+    assert cuda.why_not_conv("no room", 5) == "no room; the CUDA kernels take filters of width 4 at most, got 5"
+    assert cuda.why_not_conv(None, 5) is None
 
 
 @pytest.mark.gpu

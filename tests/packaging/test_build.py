@@ -15,7 +15,7 @@ def setup_py(*arguments, folder=ROOT, **environment):
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, "SSMTUNE_CUDA": "auto", **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -65,3 +65,39 @@ def test_setup_never_imports_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('setup.py imported torch')")
     done = setup_py("--version", SSMTUNE_BUILD="auto", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
+
+
+def test_unknown_cuda_mode():
+    done = setup_py("--version", SSMTUNE_CUDA="maybe")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "SSMTUNE_CUDA=maybe: expected auto, 1 or 0"
+
+
+def test_cuda_is_only_built_where_torch_has_it_or_it_is_asked_for(tmp_path):
+    code = """
+import os, runpy
+build = runpy.run_path("setup.py")
+print(build["why_not_cuda"]())
+"""
+
+    def why_not(**environment):
+        settings = {"SSMTUNE_TORCH_DIR": str(tmp_path / "torch"), "CUDACXX": "/somewhere/nvcc", **environment}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    assert why_not(SSMTUNE_CUDA="auto") == "torch is built without CUDA"
+    assert why_not(SSMTUNE_CUDA="1") == "None"
+    (tmp_path / "torch" / "lib" / "libtorch_cuda.so").touch()
+    assert why_not(SSMTUNE_CUDA="auto") == "None"
+    assert why_not(SSMTUNE_CUDA="0") == "SSMTUNE_CUDA=0"
+
+
+def test_cuda_that_is_asked_for_and_cannot_be_built_fails(tmp_path):
+    done = setup_py("--version", SSMTUNE_CUDA="1", SSMTUNE_BUILD="off")
+    assert done.returncode == 1
+    expected = "ssmtune: SSMTUNE_CUDA=1, but the CUDA kernels cannot be built: SSMTUNE_BUILD=off"
+    assert done.stderr.strip() == expected

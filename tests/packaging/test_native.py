@@ -6,11 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssmtune import native
 
 ROOT = Path(__file__).resolve().parents[2]
 
+libraries = pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(path, marks=pytest.mark.skipif(not path.is_file(), reason=f"ssmtune/{path.name} is not built"))
+        for path in (native.LIBRARY, native.CUDA_LIBRARY)
+    ],
+    ids=lambda path: path.name,
+)
 needs_library = pytest.mark.skipif(not native.LIBRARY.is_file(), reason="ssmtune/_C.so is not built")
 needs_binutils = pytest.mark.skipif(
     not (shutil.which("nm") and shutil.which("readelf")), reason="nm and readelf are not installed"
@@ -34,12 +43,12 @@ def test_built_where_the_build_was_required():
     assert native.is_loaded(), native.why_not()
 
 
-@needs_library
+@libraries
 @needs_binutils
-def test_library_is_bound_to_no_python_and_no_path():
-    undefined = output_of("nm", "-D", "--undefined-only", str(native.LIBRARY))
+def test_library_is_bound_to_no_python_and_no_path(library):
+    undefined = output_of("nm", "-D", "--undefined-only", str(library))
     assert not re.findall(r"\b_?Py[A-Z_]\w*", undefined)
-    dynamic = output_of("readelf", "-d", str(native.LIBRARY))
+    dynamic = output_of("readelf", "-d", str(library))
     assert not re.findall(r"RPATH|RUNPATH", dynamic)
     needed = set(re.findall(r"NEEDED.*\[(.+)\]", dynamic))
     # the C and C++ runtimes, and one library of torch: in particular no libpython, libc10 or libgomp
@@ -47,11 +56,11 @@ def test_library_is_bound_to_no_python_and_no_path():
     assert needed - system == {"libtorch_cpu.so"}
 
 
-@needs_library
+@libraries
 @needs_binutils
-def test_library_uses_only_the_stable_interface_of_torch():
+def test_library_uses_only_the_stable_interface_of_torch(library):
     # anything else of torch is mangled C++, which changes from release to release
-    undefined = output_of("nm", "-D", "--undefined-only", str(native.LIBRARY)).split()
+    undefined = output_of("nm", "-D", "--undefined-only", str(library)).split()
     torch_symbols = {name for name in undefined if re.search(r"aoti_|torch_|_ZN?K?(2at|3c10|5torch)", name)}
     assert torch_symbols
     assert {name for name in torch_symbols if not name.startswith(("aoti_torch_", "torch_"))} == set()
@@ -80,6 +89,38 @@ def test_loads_and_names_its_instruction_set():
     assert native.is_loaded()
     assert native.why_not() is None
     assert native.cpu_capability() in ("avx512", "avx2", "default")
+
+
+@pytest.mark.skipif(not native.CUDA_LIBRARY.is_file(), reason="ssmtune/_C_cuda.so is not built")
+def test_cuda_kernels_load_with_any_torch():
+    # without a GPU too, and with a torch without CUDA
+    code = """
+import torch
+from ssmtune import native
+assert native.is_loaded()
+torch.ops.load_library(str(native.CUDA_LIBRARY))
+assert native.cuda_architectures().startswith("sm_")
+for name in ("selective_state_update", "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ssmtune_native::{name}", "CUDA"), name
+"""
+    run_python(code)
+
+
+def test_cuda_kernels_are_left_alone_by_a_torch_without_cuda(monkeypatch):
+    if torch.version.cuda is not None or not native.is_loaded():
+        pytest.skip("torch is built with CUDA, or there are no compiled kernels")
+    assert native.cuda_why_not().startswith(f"not in use: torch {torch.__version__} is built without CUDA")
+
+
+def test_cuda_kernels_that_are_not_built_come_with_a_remedy(monkeypatch, tmp_path):
+    if not native.is_loaded():
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "_cuda_loaded", False)
+    monkeypatch.setattr(native, "_cuda_reason", None)
+    monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+    reason = native.cuda_why_not()
+    assert reason.startswith(f"not built: {tmp_path / '_C_cuda.so'} is missing") and "SSMTUNE_CUDA=1" in reason
 
 
 def test_switched_off():

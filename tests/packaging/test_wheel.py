@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,21 +14,31 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel without compiled kernels, built from a copy: building in the checkout would leave folders in it."""
+def source(tmp_path_factory):
+    """A copy of the source: building in the checkout would leave folders in it."""
     copy = tmp_path_factory.mktemp("source") / "ssmtune"
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     copy.mkdir()
-    for name in ("ssmtune", "triton_kernels"):
+    for name in ("ssmtune", "triton_kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for path in ROOT.iterdir():
         if path.is_file() and path.suffix in (".py", ".toml", ".txt", ".md", ".in", ""):
             shutil.copy(path, copy)
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(out)]
-    environment = {**os.environ, "SSMTUNE_BUILD": "off"}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
+    return copy
+
+
+def setup_py(source, *command):
+    environment = {**os.environ, "SSMTUNE_BUILD": "off", "SSMTUNE_CUDA": "0"}
+    command = [sys.executable, "setup.py", "-q", *command]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """A wheel without compiled kernels."""
+    out = tmp_path_factory.mktemp("wheel")
+    setup_py(source, "bdist_wheel", "--dist-dir", str(out))
     (path,) = out.glob("*.whl")
     return path
 
@@ -43,6 +54,16 @@ def files_below(folder, pattern):
         for path in (ROOT / folder).rglob(pattern)
         if path.is_file() and "__pycache__" not in path.parts
     }
+
+
+def test_source_distribution_holds_every_source(source, tmp_path):
+    setup_py(source, "sdist", "--dist-dir", str(tmp_path))
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = files_below("csrc", "*")
+    assert "csrc/cuda/causal_conv1d_bwd.cu" in sources
+    assert sources - names == set()
 
 
 def test_holds_every_module(names):
