@@ -42,7 +42,7 @@ cuda-check: $(INSTALLED)
 # on a machine with a GPU
 gpu-check: $(INSTALLED)
 	$(PY) -m pytest -q -m gpu
-	$(PY) -m benchmarks.selective_scan --device cuda
+	$(PY) -m benchmarks.gpu_kernels
 
 # the C++ kernels under the sanitizers of GCC
 sanitize: $(INSTALLED)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import log
 
-from benchmarks.results import Row, latest
 from benchmarks.shapes import MAIN
 from benchmarks.worker import KEPT
+from ssmtune.measure.peers import PEERS
+from ssmtune.measure.results import Row, latest, time_metric
 
 Sizes = tuple[int, int, int]
 
@@ -35,9 +36,8 @@ class Run:
         return self._medians.get((direction, backend, sizes, threads, variant, metric))
 
     def time(self, direction: str, backend: str, sizes: Sizes, threads: int, variant: str = "default") -> float | None:
-        """Milliseconds: CPU time of the process on one thread, which noise hardly touches, and wall time on more."""
-        metric = "cpu time" if threads == 1 else "wall time"
-        return self.median(direction, backend, sizes, threads, metric, variant)
+        """In the unit of the operator."""
+        return self.median(direction, backend, sizes, threads, time_metric(threads), variant)
 
     def main_settings(self, *backends: str) -> list[tuple[Sizes, int]]:
         """Those of `settings` at the main sizes."""
@@ -85,7 +85,7 @@ def _against(direction: str, *peers: str) -> Callable[[Run], list[float]]:
     def ratios(run: Run) -> list[float]:
         pairs = []
         for peer in peers:
-            variant = "channels-first" if peer == "plain C++" else "default"
+            variant = " ".join(PEERS[peer].tags) or "default"
             for sizes, threads in run.main_settings("cpu", peer):
                 ours = run.time(direction, "cpu", sizes, threads)
                 pairs.append((run.time(direction, peer, sizes, threads, variant), ours))
@@ -218,14 +218,15 @@ def _step_update(run: Run) -> list[float]:
     rows = {
         (row.backend, row.dim): row.median
         for row in run.rows
-        if row.variant == "selective_state_update" and row.batch == 1
+        if (row.metric, row.variant) == ("wall time", "default") and row.batch == 1
     }
     return _divide((rows[name, dim], rows.get(("cpu", dim))) for name, dim in sorted(rows) if name != "cpu")
 
 
 def _throughput(run: Run) -> list[float]:
     rows = {(row.backend, row.batch): row.median for row in run.rows if row.metric == "throughput"}
-    return _divide((rows.get(("cpu", batch)), rows[name, batch]) for name, batch in sorted(rows) if name != "cpu")
+    peers = [place for place in sorted(rows) if place[0] != "ssmtune"]
+    return _divide((rows.get(("ssmtune", batch)), rows[name, batch]) for name, batch in peers)
 
 
 SHORT_STEP: Sizes = (1, 768, 512)
@@ -234,8 +235,9 @@ BASE_STEP: Sizes = (4, 256, 512)
 SCAN = "selective_scan"
 STEP = "training_step"
 CONV = "causal_conv1d"
+UPDATE = "selective_state_update"
 DECODING = "decoding"
-OPS = (SCAN, STEP, CONV, DECODING)
+OPS = (SCAN, STEP, CONV, UPDATE, DECODING)
 
 BARS = (
     Bar(SCAN, "forward, against mambapy", _against("fwd", "mambapy"), at_least=50),
@@ -292,7 +294,7 @@ BARS = (
     Bar(CONV, "convolution with silu, forward, against torch", _convolution("fwd")),
     Bar(CONV, "convolution with silu, forward + backward, against torch", _convolution("fwdbwd"), at_least=10),
     Bar(CONV, "convolution in bfloat16 / float32", _convolution_halves, at_most=0.77),
-    Bar(DECODING, "one step of the recurrence, against transformers", _step_update, at_least=3),
+    Bar(UPDATE, "one step of the recurrence, against transformers", _step_update, at_least=3),
     Bar(DECODING, "tokens per second of mamba-5m, against transformers", _throughput),
 )
 

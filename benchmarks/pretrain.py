@@ -133,9 +133,7 @@ def batch_of(tokens: np.ndarray, step: int) -> torch.Tensor:
 
 def next_token_loss(model: MambaForCausalLM, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     logits = model(batch[:, :-1], use_cache=False).logits
-    return torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction=reduction
-    )
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction=reduction)
 
 
 def backward(model: MambaForCausalLM, batch: torch.Tensor) -> float:

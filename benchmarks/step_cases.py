@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 import ssmtune
 import ssmtune.tuners  # noqa: F401  peft takes seconds to import: once, before processes are forked from this module
-from benchmarks.measure import Disagreement, Lap, laps, verify
 from benchmarks.peers.unbind_mixer import use_unbind_loop
-from benchmarks.scan_cases import OURS
+from ssmtune.measure.specs import OURS
+from ssmtune.measure.timing import Disagreement, Lap, laps, verify
 from ssmtune.methods import apply_method
 from ssmtune.ops import backend
 

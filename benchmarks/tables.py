@@ -5,13 +5,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import instruction_counts, results
-from benchmarks.bars import CONV, DECODING, OPS, STEP, Bar, Run, Sizes, judge
-from benchmarks.results import Row
+from benchmarks import instruction_counts
+from benchmarks.bars import CONV, DECODING, OPS, STEP, UPDATE, Bar, Run, Sizes, judge
+from benchmarks.stored import FOLDER
+from ssmtune.measure import results
+from ssmtune.measure.peers import PEERS
+from ssmtune.measure.results import Row
+from ssmtune.measure.table import number
 
 README = Path(__file__).with_name("README.md")
+MODULES = {UPDATE: "decoding"}
+"""Which benchmark measures an operator, where it is not the one of its name."""
+
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-PEERS = ("mambapy", "unbind loop", "transformers", "plain C++", "mamba_ssm")
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -20,12 +26,6 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     numeric = [all(not row[i] or row[i].lstrip("<>= ")[:1].isdigit() for row in body) for i in range(len(header))]
     rule = ["---:" if right else "---" for right in numeric]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body)) + "\n"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def bar_table(rows: Iterable[Row]) -> str:
@@ -55,9 +55,9 @@ def scan_table(run: Run, ours: str) -> str:
         for sizes, threads in _main_places(run, ours):
             times = [run.time(direction, ours, sizes, threads)]
             for peer in peers:
-                variant = "channels-first" if peer == "plain C++" else "default"
+                variant = " ".join(PEERS[peer].tags) or "default"
                 times.append(run.time(direction, peer, sizes, threads, variant))
-            body.append((title, str(sizes), str(threads), *map(_number, times)))
+            body.append((title, str(sizes), str(threads), *map(number, times)))
     return markdown(("pass", "batch, dim, seqlen", "threads", "ssmtune", *peers), body)
 
 
@@ -69,7 +69,7 @@ def variant_table(run: Run, ours: str) -> str:
         for direction, title in (("fwd", "forward"), ("bwd", "backward"), ("fwdbwd", "forward + backward")):
             times = [run.time(direction, ours, *place, variant) for place in _main_places(run, ours)]
             if any(times):
-                body.append((variant, title, *map(_number, times)))
+                body.append((variant, title, *map(number, times)))
     header = [f"{sizes}, {threads} thr." for sizes, threads in _main_places(run, ours)]
     return markdown(("variant", "pass", *header), body)
 
@@ -84,7 +84,7 @@ def quadratic_table(run: Run, ours: str) -> str:
     names = (ours, "unbind loop", "transformers")
     return markdown(
         ("batch, dim, seqlen", "ssmtune", *names[1:]),
-        ((str(place[0]), *(_number(run.time("fwdbwd", name, *place)) for name in names)) for place in places),
+        ((str(place[0]), *(number(run.time("fwdbwd", name, *place)) for name in names)) for place in places),
     )
 
 
@@ -108,7 +108,7 @@ def memory_table(run: Run) -> str:
                 row.backend,
                 names[row.pass_],
                 "" if row.pass_ == "fwd" else row.variant.replace("default", "frozen"),
-                _number(row.median),
+                number(row.median),
             )
             for row in run.rows
             if row.metric == "peak memory"
@@ -126,7 +126,7 @@ def step_table(run: Run) -> str:
             peak = run.median("fwdbwd", row.backend, sizes, row.threads, "peak memory", row.variant)
             name = {"gemm": "matrix products alone", "cpu": "ssmtune"}.get(row.backend, row.backend)
             times = ("" if value is None else f"{value / 1e3:.2f}" for value in (forward, row.median))
-            body.append((f"{row.batch} x {row.seqlen}", row.variant, name, *times, _number(peak)))
+            body.append((f"{row.batch} x {row.seqlen}", row.variant, name, *times, number(peak)))
     return markdown(("tokens", "method", "implementation", "forward, s", "step, s", "peak, MiB"), body)
 
 
@@ -136,23 +136,34 @@ def convolution_table(run: Run) -> str:
     return markdown(
         ("pass", "batch, dim, seqlen", "threads", "ssmtune", "torch"),
         (
-            (title, str(sizes), str(threads), *(_number(run.time(way, name, sizes, threads, "silu")) for name in names))
+            (title, str(sizes), str(threads), *(number(run.time(way, name, sizes, threads, "silu")) for name in names))
             for way, title in (("fwd", "forward"), ("fwdbwd", "forward + backward"))
             for sizes, threads in run.settings(*names)
         ),
     )
 
 
-def decoding_table(run: Run) -> str:
-    """Microseconds of a step, and tokens per second of a model, by each implementation."""
-    rows = {(row.variant, row.batch, row.dim, row.unit): {} for row in run.rows}
+def update_table(run: Run) -> str:
+    """Microseconds of a decoding step, and the rows that it advances in a second."""
+    body = []
     for row in run.rows:
-        rows[row.variant, row.batch, row.dim, row.unit][row.backend] = row.median
+        if row.metric in ("wall time", "gpu time"):
+            rate = f"{1e6 * row.batch / row.median:,.0f}"
+            body.append((row.variant, row.dtype, f"({row.batch}, {row.dim})", row.backend, number(row.median), rate))
+    return markdown(("variant", "dtype", "batch, dim", "implementation", "us", "tokens/s"), body)
+
+
+def decoding_table(run: Run) -> str:
+    """Tokens per second of a model, by each implementation."""
+    rows = {(row.variant, row.batch, row.dim): {} for row in run.rows}
+    for row in run.rows:
+        rows[row.variant, row.batch, row.dim][row.backend] = row.median
+    names = ("ssmtune", "transformers")
     return markdown(
-        ("what", "batch", "width", "unit", "ssmtune", "transformers"),
+        ("what", "batch", "width", *names),
         (
-            (variant, str(batch), str(dim), unit, *(_number(by.get(name)) for name in ("cpu", "transformers")))
-            for (variant, batch, dim, unit), by in rows.items()
+            (variant, str(batch), str(dim), *(number(by.get(name)) for name in names))
+            for (variant, batch, dim), by in rows.items()
         ),
     )
 
@@ -166,7 +177,7 @@ def section(path: Path) -> str:
         if measured:
             first = measured[0]
             text.append(
-                f"#### {op}\n\n`python -m benchmarks.{op}`: {first.device}, torch {first.torch}, "
+                f"#### {op}\n\n`python -m benchmarks.{MODULES.get(op, op)}`: {first.device}, torch {first.torch}, "
                 f"ssmtune {first.ssmtune} ({first.commit}), {first.timestamp[:10]}\n"
             )
             text += _tables(op, Run(measured), Run(measured, kept=True))
@@ -180,8 +191,10 @@ def _tables(op: str, usual: Run, kept: Run) -> list[str]:
         parts = [(title, step_table(usual)), (f"{title}; memory kept between calls", step_table(kept))]
     elif op == CONV:
         parts = [("Causal convolution of width 4 with silu, ms", convolution_table(usual))]
+    elif op == UPDATE:
+        parts = [("One step of the recurrence", update_table(usual))]
     elif op == DECODING:
-        parts = [(f"Decoding, {usual.rows[0].threads} threads", decoding_table(usual))]
+        parts = [("Decoding, tokens per second", decoding_table(usual))]
     else:
         parts = [
             ("Scan, ms", scan_table(usual, ours)),
@@ -206,7 +219,7 @@ def instruction_section(rows: Sequence[instruction_counts.Row]) -> str:
     body = []
     for (kernel, case), found in by_case.items():
         first = next(iter(found.values()))
-        counts = [_number(found[target].instructions) if target in found else "" for target in counted]
+        counts = [number(found[target].instructions) if target in found else "" for target in counted]
         registers = "/".join(str(found[target].registers) if target in found else "" for target in targets)
         shared = str(max(row.shared for row in found.values()))
         bound = "" if first.bound is None else f"<= {first.bound:g}"
@@ -235,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args(argv)
     rewrite(options.readme, options.results)
     print(f"{options.readme} rewritten")

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
-from benchmarks.measure import Disagreement, Summary, Verified, interleave, peak_memory
-from benchmarks.scan_cases import OURS
+from benchmarks.peak_memory import peak_memory
 from benchmarks.step_cases import StepSpec, check_losses, memory_probe, verify_small
+from benchmarks.stored import store
 from benchmarks.worker import KEPT, Workers
+from ssmtune.measure import results
+from ssmtune.measure.specs import OURS
+from ssmtune.measure.timing import Disagreement, Summary, Verified, interleave
 
 OP = "training_step"
 METHODS = ("full", "state-offset", "lora")
@@ -145,7 +147,7 @@ def run(quick: bool = False, csv: Path | None = None, backend: str = "cpu") -> i
     except Disagreement as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return 1
-    results.store(environment, session.rows, quick, csv)
+    store(environment, session.rows, quick, csv)
     return 0
 
 

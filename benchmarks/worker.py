@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, Lap
+from ssmtune.measure.scan_cases import forget_inputs
+from ssmtune.measure.session import Session
+from ssmtune.measure.specs import Spec
+from ssmtune.measure.timing import Case, Lap
 
 KEPT = "memory-kept"
 ENVIRONMENTS = {
@@ -29,18 +31,6 @@ SETTLE = 0.02
 
 WARM_AGAIN_BELOW = 0.2
 """Seconds of a run that cold caches would falsify."""
-
-
-class Spec(Protocol):
-    """A case by name: hashable, and small enough to be sent to another process."""
-
-    backend: str
-    tags: tuple[str, ...]
-    label: str
-    stages: tuple[str, ...]
-
-    def case(self) -> Case:
-        """Make it ready to run, here."""
 
 
 def _obey(cases: dict[Spec, Case], order: str, *arguments: object) -> object:
@@ -190,3 +180,23 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for worker in self._running.values():
             worker.close()
+
+
+class WorkerSession(Session):
+    """A session whose cases run in processes of their own, which live as long as its context."""
+
+    def __enter__(self) -> "WorkerSession":
+        self.workers = Workers()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.__exit__()
+
+    def _case(self, spec: Spec) -> Case:
+        return self.workers.case(spec)
+
+    def _use_threads(self, count: int) -> None:
+        self.workers.threads = count
+
+    def _forget(self) -> None:
+        self.workers.forget(forget_inputs)

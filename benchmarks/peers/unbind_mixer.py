@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mamba.modeling_mamba import MambaMixer, causal_conv1d_fn
 
-from benchmarks.peers.unbind_loop import scan
+from ssmtune.measure.peers.unbind_loop import scan
 
 
 class UnbindMixer(MambaMixer):

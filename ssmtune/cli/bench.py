@@ -1,68 +1,102 @@
-"""`ssmtune bench`: time the kernels against other implementations."""
+"""`ssmtune bench`: time the operators on this machine."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from importlib import import_module
 from pathlib import Path
 
-BENCHMARKS = {
-    "selective-scan": "selective_scan",
-    "training-step": "training_step",
-    "causal-conv1d": "causal_conv1d",
-    "decoding": "decoding",
-}
+OUT = Path("runs/bench")
 
 EXAMPLES = """\
 examples:
-  ssmtune bench --quick                              one small shape, in half a minute
-  ssmtune bench selective-scan                       every shape and peer, several minutes on an idle machine
-  ssmtune bench training-step --csv steps.csv        a whole training step, stored in a file of yours
+  ssmtune bench                                 every kernel that runs here, against other implementations
+  ssmtune bench --preset full --out runs/h200   more and longer sequences
+  ssmtune bench --read runs/bench/bench.csv     the table and the picture of an earlier run
 """
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="time the kernels against other implementations",
-        description="Time the kernels against other implementations. Needs a checkout of the repository.",
+        help="time the kernels against other implementations and the machine's limits",
+        description="Time the scan, the convolution and the decoding step on this machine. Each is checked against "
+        "float64 first. Prints a table, and writes bench.csv and bench.png, time against seqlen.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benchmark", nargs="?", default="selective-scan", choices=BENCHMARKS)
-    parser.add_argument("--quick", action="store_true", help="small sizes; stores nothing unless --csv is given")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
-    parser.add_argument("--plot", action="store_true", help="draw time against seqlen beside --csv (selective-scan)")
+    parser.add_argument("--preset", default="quick", choices=("quick", "full"), help="quick (default): 2 minutes")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU if any")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"where the files go (default: {OUT})")
+    parser.add_argument("--read", type=Path, metavar="CSV", help="measure nothing, read an earlier run instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.plot and (args.csv is None or args.benchmark != "selective-scan"):
-        raise ValueError(
-            f"--plot draws the file named with --csv, got --csv {args.csv} and benchmark {args.benchmark}.\n"
-            "  Use `ssmtune bench selective-scan --csv FILE --plot`."
-        )
-    folder = checkout()
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    status = import_module(f"benchmarks.{BENCHMARKS[args.benchmark]}").run(quick=args.quick, csv=args.csv)
-    if args.plot and status == 0:
-        picture = args.csv.with_suffix(".png")
-        import_module("benchmarks.plots").draw(args.csv, picture)
-        print(picture)
-    return status
+    from ssmtune.measure import results
+
+    if args.read is not None:
+        rows = results.read(args.read)
+        last = max((row.timestamp for row in rows), default=None)
+        report([row for row in rows if row.timestamp == last], args.read.with_suffix(".png"))
+        return 0
+    device = choose_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "bench.csv"
+    session = measure(device, args.preset, path)
+    report(session.rows, args.out / "bench.png")
+    print(f"{len(session.rows)} rows appended to {path}")
+    return 1 if session.wrong else 0
 
 
-def checkout() -> Path:
-    """The root of the checkout this package runs from.
+def choose_device(wish: str) -> str:
+    """cpu or cuda.
 
     Raises:
-        RuntimeError: the package was installed without one.
+        RuntimeError: a GPU was asked for and there is none.
     """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "benchmarks" / "selective_scan.py").is_file():
-        raise RuntimeError(
-            f"the benchmarks are not installed with the package: no {root / 'benchmarks'}.\n"
-            "  They need a checkout: clone the repository, then `pip install -e .` in it and run this command again."
-        )
-    return root
+    import torch
+
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"no GPU found (torch {torch.__version__}).\n  Leave out --device cuda to measure the CPU.")
+    if wish != "auto":
+        return wish
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measure(device: str, preset: str, path: Path):
+    """Run a preset; its session, whose rows are in the file."""
+    import torch
+
+    from ssmtune.measure import bounds, results
+    from ssmtune.measure.peers import usable
+    from ssmtune.measure.plans import plan
+    from ssmtune.measure.session import Session
+
+    environment = results.environment(device)
+    limits = bounds.measure(device)
+    threads = torch.get_num_threads()
+    print(environment, *([f"{threads} threads"] if device == "cpu" else []), limits, sep=" · ")
+    for name, reason in usable(device)[1].items():
+        print(f"  left out: {name}: {reason}")
+    session = Session(environment, device, 0.2 if preset == "quick" else 1.0, (threads,), path, limits=limits)
+    groups = plan(device, preset)
+    for done, group in enumerate(groups):
+        print(f"{done + 1}/{len(groups)}")
+        session.measure(group)
+    return session
+
+
+def report(rows, picture: Path) -> None:
+    """Print the table of each operator, and draw the picture where that is possible."""
+    from ssmtune.measure.picture import draw
+    from ssmtune.measure.table import aligned, comparison
+
+    for op in dict.fromkeys(row.op for row in rows):
+        header, body = comparison(rows, op)
+        if body:
+            print(f"\n{op}, {header[-1].rpartition(' ')[2]}\n{aligned(header, body)}")
+    print()
+    try:
+        draw(rows, picture)
+        print(picture)
+    except (RuntimeError, ValueError) as error:
+        print(f"no picture: {error}")

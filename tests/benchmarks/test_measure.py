@@ -5,7 +5,10 @@ import numpy
 import pytest
 import torch
 
-from benchmarks.measure import (
+from benchmarks.peak_memory import peak_memory
+from ssmtune.measure.inputs import Shape
+from ssmtune.measure.scan_cases import ScanCase, ScanSpec, expected
+from ssmtune.measure.timing import (
     GRADIENT_TOLERANCE,
     Disagreement,
     Lap,
@@ -15,13 +18,10 @@ from benchmarks.measure import (
     error,
     interleave,
     laps,
-    peak_memory,
     verify,
 )
-from benchmarks.scan_cases import ScanCase, Spec, expected
-from benchmarks.shapes import Shape
 
-SPEC = Spec(Shape(1, 16, 20, 8), "fwdbwd", "unbind loop", ("full",))
+SPEC = ScanSpec(Shape(1, 16, 20, 8), "fwdbwd", "unbind loop", ("full",))
 
 
 class WrongCase(ScanCase):
@@ -78,7 +78,7 @@ def test_verify_of_some_channels_sees_a_mistake_in_one_of_them():
 
 def test_expected_is_the_same_in_blocks_of_channels(monkeypatch):
     whole = expected(SPEC)
-    monkeypatch.setattr("benchmarks.scan_cases.BLOCK_ELEMENTS", 5 * 20 * 8)
+    monkeypatch.setattr("ssmtune.measure.scan_cases.BLOCK_ELEMENTS", 5 * 20 * 8)
     for name, value in expected(SPEC).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-12)
         assert value.dtype == torch.float64

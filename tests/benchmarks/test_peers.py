@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from benchmarks.measure import verify
-from benchmarks.peers import PEERS, plain_scan, usable
-from benchmarks.scan_cases import ScanCase, Spec, expected
-from benchmarks.shapes import FULL, Shape, make_inputs
+from ssmtune.measure.inputs import FULL, Shape, make_inputs
+from ssmtune.measure.peers import PEERS, plain_scan, usable
+from ssmtune.measure.scan_cases import ScanCase, ScanSpec, expected
+from ssmtune.measure.timing import verify
 
 SHAPES = [Shape(2, 20, 33, 8), Shape(1, 16, 64, 16)]
 
@@ -20,7 +20,7 @@ def usable_peer(name: str):
 @pytest.mark.parametrize("name", ["mambapy", "unbind loop", "transformers"])
 def test_peer_agrees_with_the_recurrence_in_value_and_every_gradient(name, shape):
     usable_peer(name)
-    spec = Spec(shape, "fwdbwd", name, ("full",))
+    spec = ScanSpec(shape, "fwdbwd", name, ("full",))
     verified = verify(ScanCase(spec), expected(spec.oracle()))
     assert set(verified.errors) == {"out", *FULL}
 
@@ -28,7 +28,7 @@ def test_peer_agrees_with_the_recurrence_in_value_and_every_gradient(name, shape
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_plain_cpp_agrees_with_the_recurrence(shape):
     usable_peer("plain C++")
-    spec = Spec(shape, "fwd", "plain C++", ("channels-first",))
+    spec = ScanSpec(shape, "fwd", "plain C++", ("channels-first",))
     assert set(verify(ScanCase(spec), expected(spec)).errors) == {"out"}
 
 

@@ -1,8 +1,10 @@
 import pytest
 
-from benchmarks import plots, results, tables
+from benchmarks import tables
 from benchmarks.bars import BARS, SCAN, STEP, Run, judge
-from benchmarks.measure import Summary
+from benchmarks.stored import FOLDER
+from ssmtune.measure import picture, results
+from ssmtune.measure.timing import Summary
 
 ENVIRONMENT = results.Environment("Test CPU", "2.13.0", "0.1.0", "abc1234", "2026-01-02T03:04:05+00:00")
 SHAPE = {"dtype": "float32", "batch": 1, "dim": 1536, "seqlen": 512, "dstate": 16}
@@ -152,24 +154,15 @@ def test_tables_without_results_or_markers(tmp_path, readme):
 def test_readme_of_the_benchmarks_has_the_tables_of_the_stored_results(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(tables.README.read_text())
-    tables.rewrite(copy, results.FOLDER)
+    tables.rewrite(copy, FOLDER)
     assert copy.read_text() == tables.README.read_text(), "run python -m benchmarks.tables"
 
 
 def test_plot_is_drawn_from_the_file(tmp_path):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "cpu.csv"
-    results.append(path, [time_row(1.0, seqlen=length) for length in (512, 1024)])
-    assert plots.main([str(path)]) == 0
-    assert path.with_suffix(".png").stat().st_size > 1000
-
-
-def test_plot_of_a_file_without_times_says_what_to_run(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "cpu.csv"
-    results.append(path, [time_row(1.0, threads=2)])
-    assert plots.main([str(path)]) == 1
-    assert "python -m benchmarks.selective_scan" in capsys.readouterr().err
+    rows = [time_row(1.0, seqlen=length) for length in (512, 1024, 2048)]
+    picture.draw(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_run_knows_where_all_of_some_backends_were_timed():

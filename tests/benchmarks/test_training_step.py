@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import results, training_step
-from benchmarks.measure import Disagreement, Lap
+from benchmarks import training_step
 from benchmarks.step_cases import (
     GemmCase,
     StepCase,
@@ -17,6 +16,8 @@ from benchmarks.step_cases import (
 )
 from benchmarks.worker import Workers
 from ssmtune import ops
+from ssmtune.measure import results
+from ssmtune.measure.timing import Disagreement, Lap
 
 TINY = StepSpec("reference", "full", 2, 12, layers=2, width=16, vocabulary=32, dstate=8)
 

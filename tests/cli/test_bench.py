@@ -2,37 +2,86 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from ssmtune.cli import bench
 from ssmtune.cli.main import main
+from ssmtune.measure import bounds, plans, results, session, timing
+from ssmtune.measure.conv_cases import ConvSpec
+from ssmtune.measure.inputs import Shape
+from ssmtune.measure.scan_cases import ScanCase, ScanSpec
+from ssmtune.measure.update_cases import UpdateSpec
 
 
-def test_bench_runs_the_benchmark_of_the_checkout(tmp_path, monkeypatch, capsys):
-    calls = []
-    folder = bench.checkout()
-    monkeypatch.syspath_prepend(str(folder))
-    from benchmarks import selective_scan, training_step
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A plan of every operator that takes no time, and limits that need not be measured."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(bounds, "measure", lambda device: bounds.Limits(1e9, "fma", 1e9))
+    monkeypatch.setattr(
+        session, "interleave", lambda verified, seconds, most: timing.interleave(verified, 0.0, least=2, most=2)
+    )
+    monkeypatch.setattr("ssmtune.measure.peers.usable", lambda device: ({}, {"mambapy": "not installed"}))
 
-    monkeypatch.setattr(selective_scan, "run", lambda **given: calls.append(("scan", given)) or 0)
-    monkeypatch.setattr(training_step, "run", lambda **given: calls.append(("step", given)) or 1)
-    assert main(["bench", "--quick"]) == 0
-    assert main(["bench", "training-step", "--csv", str(tmp_path / "a.csv")]) == 1
-    assert calls == [
-        ("scan", {"quick": True, "csv": None}),
-        ("step", {"quick": False, "csv": tmp_path / "a.csv"}),
-    ]
+    def plan(device, preset):
+        names = ("reference", "unbind loop")
+        scans = [
+            [ScanSpec(Shape(1, 8, seqlen, 4), direction, name) for direction in ("fwd", "fwdbwd") for name in names]
+            for seqlen in (6, 12, 24)
+        ]
+        convs = [ConvSpec(Shape(1, 8, 12), "fwd", name) for name in ("reference", "torch")]
+        return [*scans, convs, [UpdateSpec(Shape(1, 8, 1, 4), "fwd", "reference")]]
+
+    monkeypatch.setattr(plans, "plan", plan)
 
 
-def test_bench_without_a_checkout_says_to_clone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "ssmtune" / "cli" / "bench.py"))
-    assert main(["bench", "--quick"]) == 1
-    assert "clone the repository" in capsys.readouterr().err
+def test_bench_prints_ratios_and_bounds_and_writes_rows_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: mambapy: not installed" in printed
+    for op in ("selective_scan, ms", "causal_conv1d, ms", "selective_state_update, us"):
+        assert f"\n{op}\n" in printed
+    assert "x)" in printed and "fma (" in printed and "5/5" in printed
+    rows = results.read(tmp_path / "bench.csv")
+    assert {row.seqlen for row in rows if row.op == "selective_scan"} == {6, 12, 24}
+    assert {row.metric for row in rows if row.backend == "bound"} == {"least time by memory", "least time by fma"}
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
-def test_plot_needs_a_file_of_the_scan(capsys):
-    assert main(["bench", "--plot"]) == 1
-    assert main(["bench", "training-step", "--csv", "a.csv", "--plot"]) == 1
-    assert "--csv FILE --plot" in capsys.readouterr().err
+def test_read_shows_the_last_run_of_a_file_without_measuring(tmp_path, capsys, monkeypatch):
+    assert main(["bench", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("ssmtune.cli.bench.measure", lambda *_: pytest.fail("measured"))
+    assert main(["bench", "--read", str(tmp_path / "bench.csv")]) == 0
+    again = capsys.readouterr().out
+    table = first[first.index("\nselective_scan, ms") : first.index("\ncausal_conv1d, ms")]
+    assert table in again
+
+
+def test_a_wrong_kernel_is_not_timed_and_fails(tmp_path, capsys, monkeypatch):
+    right = ScanCase.scan
+
+    def planted(case):
+        return right(case) * (1.001 if case.spec.backend == "reference" else 1)
+
+    monkeypatch.setattr(ScanCase, "scan", planted)
+    assert main(["bench", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "A wrong result has no speed" in capsys.readouterr().err
+    timed = {row.backend for row in results.read(tmp_path / "bench.csv") if row.op == "selective_scan"}
+    assert timed == {"unbind loop", "bound"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_with_a_way_out(capsys):
+    assert main(["bench", "--device", "cuda"]) == 1
+    assert "no GPU found" in (error := capsys.readouterr().err)
+    assert "Leave out --device cuda" in error
+
+
+def test_read_of_a_missing_file_is_an_error(tmp_path, capsys):
+    assert main(["bench", "--read", str(tmp_path / "no.csv")]) == 1
+    assert "no.csv" in capsys.readouterr().err
 
 
 def test_parser_does_not_import_torch():
@@ -41,8 +90,3 @@ def test_parser_does_not_import_torch():
         "bench.add_parser(argparse.ArgumentParser().add_subparsers()); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_unknown_benchmark_is_a_usage_error():
-    with pytest.raises(SystemExit, match="2"):
-        main(["bench", "matmul"])

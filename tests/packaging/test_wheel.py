@@ -74,6 +74,7 @@ def test_holds_every_module(names):
 
 def test_holds_every_data_file(names):
     data = files_below("ssmtune/checkpoints", "*") | files_below("ssmtune/recipes", "*")
+    data |= files_below("ssmtune/measure", "*.cpp")
     assert data - names == set()
 
 

@@ -1,19 +1,22 @@
-"""Measurements as tidy CSV: one row for each number, appended to one file for each device."""
+"""Measurements as tidy CSV: one row for each number."""
 
 import csv
+import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Summary
+from ssmtune.measure.timing import Summary
 
-FOLDER = Path(__file__).with_name("results")
+PACKAGES = ("triton", "mamba_ssm", "causal_conv1d")
+"""What a result on a GPU depends on besides torch."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,15 @@ class Row:
     dim: int
     seqlen: int
     dstate: int
-    threads: int
+    threads: int  # of PyTorch; 0 on a GPU
     variant: str
-    metric: str  # cpu time, wall time, peak memory, error of <result>
+    metric: str  # cpu time, wall time, gpu time, peak memory, error of <result>
     unit: str
     median: float
     p20: float
     p80: float
     device: str
-    torch: str
+    torch: str  # its version; on a GPU those of the driver and of other kernels too
     ssmtune: str
     commit: str
     timestamp: str
@@ -80,14 +83,43 @@ def device_name(device: str = "cpu") -> str:
     return f"{found['model name']} {found.get('cpu family', '')}-{found.get('model', '')}"
 
 
+def _software(device: str) -> str:
+    """Of torch the version; on a GPU those of its driver and of other kernels too."""
+    if device != "cuda":
+        return torch.__version__
+    found = [torch.__version__, f"driver {_driver()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _driver() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", version.read_text()) if version.exists() else None
+    if found:
+        return found[1]
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def _commit() -> str:
+    """Of the checkout this runs from, or what SSMTUNE_COMMIT says where there is no history, as in a copy."""
+    root = Path(__file__).resolve().parents[2]
+
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../ssmtune", "../csrc", ".", ":!results")
+        if not (root / ".git").exists():
+            return os.environ.get("SSMTUNE_COMMIT", "unknown")
+        sources = ("ssmtune", "csrc", "triton_kernels", "benchmarks", ":!benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -98,12 +130,7 @@ def environment(device: str = "cpu") -> Environment:
     import ssmtune
 
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Environment(device_name(device), torch.__version__, ssmtune.__version__, _commit(), now)
-
-
-def default_file(device: str) -> Path:
-    """benchmarks/results/<device>.csv."""
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".csv")
+    return Environment(device_name(device), _software(device), ssmtune.__version__, _commit(), now)
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -124,22 +151,6 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in asdict(row).values())
 
 
-def store(environment: Environment, rows: list[Row], quick: bool, path: Path | None) -> None:
-    """Append the rows of a run to a file and say so; a quick run is stored only in a file that was named.
-
-    Args:
-        path: None for the file of the device.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    if path is None and quick:
-        return
-    path = path or default_file(environment.device)
-    append(path, rows)
-    print(f"{len(rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
-
-
 def read(path: Path) -> list[Row]:
     """All rows of a CSV file.
 
@@ -153,6 +164,11 @@ def read(path: Path) -> list[Row]:
             Row(**{"pass_" if name == "pass" else name: types[name](text) for name, text in record.items()})
             for record in csv.DictReader(file)
         ]
+
+
+def time_metric(threads: int) -> str:
+    """What tells the time best: the GPU's own; on one thread that of the process, which noise hardly touches."""
+    return {0: "gpu time", 1: "cpu time"}.get(threads, "wall time")
 
 
 def latest(rows: Iterable[Row], op: str) -> list[Row]:

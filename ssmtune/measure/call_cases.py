@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Lap, laps
+from ssmtune.measure.timing import Lap, gpu_peak_memory, laps
 
 
 @dataclass
@@ -19,14 +19,14 @@ class CallCase:
         call: returns the result.
         inputs: tensors, by name, whose gradients are part of the work.
         gradient: of the result; needed with `inputs`.
-        wait: called at the end of each stage, for a device that works on its own.
+        device: where it runs, cpu or cuda.
     """
 
     label: str
     call: Callable[[], Tensor]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     gradient: Tensor | None = None
-    wait: Callable[[], None] = lambda: None
+    device: str = "cpu"
     _results: list[Tensor] = field(default_factory=list, init=False)
 
     @property
@@ -38,17 +38,15 @@ class CallCase:
         """Forward, then backward where there are inputs, with a yield after each."""
         with torch.set_grad_enabled(bool(self.inputs)):
             out = self.call()
-        self.wait()
         yield
         gradients: tuple[Tensor, ...] = ()
         if self.inputs:
             gradients = torch.autograd.grad(out, list(self.inputs.values()), self.gradient)
-            self.wait()
             yield
         self._results = [out.detach(), *gradients]
 
     def time(self) -> list[Lap]:
-        measured = laps(self.run())
+        measured = laps(self.run(), self.device)
         self._results = []
         return measured
 
@@ -56,6 +54,14 @@ class CallCase:
         start = time.perf_counter()
         for _ in self.run():
             pass
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         results, self._results = self._results, []
         return dict(zip(("out", *self.inputs), results, strict=True)), seconds
+
+    def peak(self) -> int:
+        """Run once on a GPU: its peak memory in bytes, results included."""
+        peak = gpu_peak_memory(self.run())
+        self._results = []
+        return peak

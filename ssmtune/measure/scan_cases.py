@@ -3,63 +3,38 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.call_cases import CallCase
-from benchmarks.peers import PEERS
-from benchmarks.shapes import FROZEN, FULL, ScanInputs, Shape, make_inputs
-
-OURS = ("cpu", "triton", "cuda", "reference")
-"""Backends of ssmtune.selective_scan; every other backend of a spec is a peer."""
+from ssmtune.measure.call_cases import CallCase
+from ssmtune.measure.inputs import FROZEN, FULL, ScanInputs, Shape, make_inputs
+from ssmtune.measure.peers import PEERS
+from ssmtune.measure.specs import HALVES, OURS, Spec
 
 SEQUENCES = ("out", "u", "delta", "z")
 """Results of shape (batch, dim, seqlen)."""
-
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Tags of the cases whose sequences have another dtype than float32."""
 
 BLOCK_ELEMENTS = 2**24
 """States of a whole sequence that `expected` handles at once: 128 MiB in float64 for each tensor autograd saves."""
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A case by name, so that another process can build it.
+class ScanSpec(Spec):
+    """A scan.
 
     `tags` are what differs from the default (channels-last, no state inputs, weights frozen): full, channels-first,
-    initial-state, state-offset, offset-only, bfloat16, float16, and those of `worker.ENVIRONMENTS`.
+    initial-state, state-offset, offset-only, bfloat16, float16, and whatever else sets processes apart.
     """
 
-    shape: Shape
-    direction: str  # fwd or fwdbwd
-    backend: str = "cpu"
-    tags: tuple[str, ...] = ()
-    device: str = "cpu"
-
-    @property
-    def variant(self) -> str:
-        """The tags as one word of a table."""
-        return " ".join(self.tags) or "default"
-
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return f"{self.backend} {self.direction} {self.shape} {self.variant}"
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """What one run consists of."""
-        return ("fwd",) if self.direction == "fwd" else ("fwd", "bwd")
+    op: ClassVar[str] = "selective_scan"
 
     def case(self) -> "ScanCase":
-        """Make it ready to run, here."""
         return ScanCase(self)
 
     @property
     def wrt(self) -> tuple[str, ...]:
-        """Names of the inputs whose gradients are asked for."""
         if self.direction == "fwd":
             return ()
         if "offset-only" in self.tags:
@@ -67,16 +42,14 @@ class Spec:
         states = tuple(tag.replace("-", "_") for tag in ("initial-state", "state-offset") if tag in self.tags)
         return (FULL if "full" in self.tags else FROZEN) + states
 
-    def oracle(self) -> "Spec":
-        """The spec whose results hold those of this one: the same scan, with every gradient there is."""
+    def oracle(self) -> "ScanSpec":
+        # the same scan with every gradient there is
         states = (self.has_initial_state, "initial-state"), (self.has_state_offset, "state-offset")
         kept = (*(tag for there, tag in states if there), *(tag for tag in self.tags if tag in HALVES))
-        return Spec(self.shape, "fwdbwd", "reference", ("full", *kept))
+        return ScanSpec(self.shape, "fwdbwd", "reference", ("full", *kept), self.device)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the sequences."""
-        return next((HALVES[tag] for tag in self.tags if tag in HALVES), torch.float32)
+    def expected(self, channels: slice | None = None) -> dict[str, Tensor]:
+        return expected(self, channels)
 
     @property
     def has_initial_state(self) -> bool:
@@ -88,14 +61,14 @@ class Spec:
 
 
 @cache
-def _inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> ScanInputs:
-    inputs = make_inputs(shape)
+def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> ScanInputs:
+    inputs = make_inputs(shape, device=device)
     return inputs if dtype == torch.float32 else inputs.with_sequences_in(dtype)
 
 
 @cache
-def _channels_first(shape: Shape, dtype: torch.dtype = torch.float32) -> ScanInputs:
-    return _inputs(shape, dtype).channels_first()
+def _channels_first(shape: Shape, dtype: torch.dtype, device: str) -> ScanInputs:
+    return _inputs(shape, dtype, device).channels_first()
 
 
 def forget_inputs() -> None:
@@ -107,19 +80,19 @@ def forget_inputs() -> None:
 class ScanCase(CallCase):
     """A spec made ready to run."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: ScanSpec):
         self.spec = spec
         source = _channels_first if "channels-first" in spec.tags else _inputs
-        inputs = source(spec.shape, spec.dtype)
+        inputs = source(spec.shape, spec.dtype, spec.device)
         inputs = inputs.with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
-        inputs = inputs.to(spec.device).requiring(spec.wrt)
+        inputs = inputs.requiring(spec.wrt)
         self.arguments = inputs.arguments()
         super().__init__(
             spec.label,
             self.scan,
             {name: self.arguments[name] for name in spec.wrt},
             inputs.dout,
-            **({} if spec.device == "cpu" else {"wait": torch.cuda.synchronize}),
+            spec.device,
         )
 
     def scan(self) -> Tensor:
@@ -137,7 +110,7 @@ class ScanCase(CallCase):
         return {name: value.float().cpu() for name, value in named.items()}, seconds
 
 
-def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
+def expected(spec: ScanSpec, channels: slice | None = None) -> dict[str, Tensor]:
     """The float64 recurrence and its gradients by autograd, a block of channels at a time.
 
     Args:
@@ -149,7 +122,7 @@ def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
     """
     from ssmtune.ops.reference import selective_scan_reference
 
-    inputs = _inputs(spec.shape, spec.dtype)
+    inputs = _inputs(spec.shape, spec.dtype, spec.device)
     inputs = inputs.with_only(initial_state=spec.has_initial_state, state_offset=spec.has_state_offset)
     names = spec.wrt
     if channels is not None:
@@ -164,7 +137,7 @@ def expected(spec: Spec, channels: slice | None = None) -> dict[str, Tensor]:
             out, _ = selective_scan_reference(**part.arguments(), delta_softplus=True)
         gradients = torch.autograd.grad(out, [part.tensors()[name] for name in names], part.dout) if names else ()
         for name, value in zip(("out", *names), (out.detach(), *gradients), strict=True):
-            blocks[name].append(value)
+            blocks[name].append(value.cpu())
     return {name: _join(name, values) for name, values in blocks.items()}
 
 
@@ -174,7 +147,7 @@ def _join(name: str, values: list[Tensor]) -> Tensor:
     return torch.cat(values, dim=1 if name in SEQUENCES else 0)
 
 
-def memory_probe(spec: Spec) -> Iterator[None]:
+def memory_probe(spec: ScanSpec) -> Iterator[None]:
     """For `measure.peak_memory`: one run of a spec, after a tiny one that loads what has to be loaded."""
     ScanCase(replace(spec, shape=Shape(1, 16, 16, spec.shape.dstate))).values()
     forget_inputs()

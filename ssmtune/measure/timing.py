@@ -1,16 +1,13 @@
-"""Timing that verifies first and interleaves what it compares, and peak memory in a process of its own."""
+"""Timing that verifies first and interleaves what it compares, on the CPU and on a GPU."""
 
+import functools
 import gc
 import math
-import multiprocessing
-import os
-import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +17,24 @@ GRADIENT_TOLERANCE = 2e-5
 """Largest RMS(error) / RMS(expected) of a scan's float32 result that is still called right."""
 
 
+GPU_FACTOR = 10
+"""Times the two tolerances on a GPU: its special-function units take exp2 to 2 ulp, and a slow decay adds that up."""
+
 WARM_AGAIN_BELOW = 2.0
 """Seconds."""
 
+FLUSH_BYTES = 2**28
+"""Written before each run on a GPU: more than any L2 cache holds."""
 
-def tolerances(dtype: torch.dtype) -> tuple[float, float]:
+HEAD_START = 4_000_000
+"""Clock cycles, some 2 ms, that a GPU waits before each run, so that the host has launched all of it by then."""
+
+
+def tolerances(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
     """Both of them for results in `dtype`, to which a half type is rounded in the end."""
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    return VALUE_TOLERANCE + rounding, GRADIENT_TOLERANCE + rounding
+    factor = GPU_FACTOR if device == "cuda" else 1
+    return factor * VALUE_TOLERANCE + rounding, factor * GRADIENT_TOLERANCE + rounding
 
 
 class Disagreement(RuntimeError):
@@ -38,7 +45,7 @@ class Disagreement(RuntimeError):
 class Lap:
     """One stage of one run, in seconds."""
 
-    wall: float
+    wall: float  # on a GPU: between events in its stream
     cpu: float  # of the whole process, all threads
 
 
@@ -58,21 +65,80 @@ class Case(Protocol):
         """
 
 
-def laps(run: Iterator[None]) -> list[Lap]:
+class HostClock:
+    """Reads the clocks of the host."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        """The start of the first stage, or the end of one."""
+        self._marks.append((time.perf_counter(), time.process_time()))
+
+    def laps(self) -> list[Lap]:
+        """One for each stage."""
+        return [
+            Lap(end[0] - start[0], end[1] - start[1]) for start, end in zip(self._marks, self._marks[1:], strict=False)
+        ]
+
+
+class GpuClock:
+    """Records events in the stream of a GPU, whose cache it empties first.
+
+    The GPU is given something to wait for before the first event. So the host has launched the whole run by the time it
+    starts, and what is measured is the work of the GPU, not the speed of Python.
+    """
+
+    def __init__(self) -> None:
+        _flush_buffer().zero_()
+        torch.cuda._sleep(HEAD_START)
+        self._events: list[torch.cuda.Event] = []
+        self._used: list[float] = []
+
+    def mark(self) -> None:
+        """The start of the first stage, or the end of one."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+        self._used.append(time.process_time())
+
+    def laps(self) -> list[Lap]:
+        """Wait for the GPU: one for each stage."""
+        torch.cuda.synchronize()
+        walls = [1e-3 * a.elapsed_time(b) for a, b in zip(self._events, self._events[1:], strict=False)]
+        used = [b - a for a, b in zip(self._used, self._used[1:], strict=False)]
+        return [Lap(*pair) for pair in zip(walls, used, strict=True)]
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def laps(run: Iterator[None], device: str = "cpu") -> list[Lap]:
     """Time a generator that yields at the end of each of its stages."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        result = []
-        wall, cpu = time.perf_counter(), time.process_time()
+        clock = GpuClock() if device == "cuda" else HostClock()
+        clock.mark()
         for _ in run:
-            now, used = time.perf_counter(), time.process_time()
-            result.append(Lap(now - wall, used - cpu))
-            wall, cpu = time.perf_counter(), time.process_time()
-        return result
+            clock.mark()
+        return clock.laps()
     finally:
         if collecting:
             gc.enable()
+
+
+def gpu_peak_memory(run: Iterator[None]) -> int:
+    """Run a generator to its end on a GPU: the most memory allocated above what was before, in bytes."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in run:
+        pass
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def error(expected: Tensor, actual: Tensor) -> float:
@@ -140,6 +206,10 @@ class Summary:
         last = len(ordered) - 1
         return cls(median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
 
+    def times(self, factor: float) -> "Summary":
+        """The same in another unit."""
+        return Summary(factor * self.median, factor * self.p20, factor * self.p80)
+
 
 @dataclass
 class Times:
@@ -186,63 +256,3 @@ def interleave(verified: Sequence[Verified], seconds: float, least: int = 3, mos
             if (turn + 1) * count // rounds > turn * count // rounds:
                 result.runs.append(entry.case.time())
     return times
-
-
-def _high_water() -> int:
-    """Peak resident memory of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _probe(connection, function: Callable[..., Iterator[None]], arguments: tuple[Any, ...], threads: int) -> None:
-    torch.set_num_threads(threads)
-    try:
-        run = function(*arguments)
-        next(run)
-        gc.collect()
-        reset = Path("/proc/self/clear_refs")
-        if os.access(reset, os.W_OK):
-            reset.write_text("5")  # VmHWM starts again from what is resident now
-        before = _high_water()
-        next(run, None)
-        connection.send(_high_water() - before)
-    except Exception as failure:  # the parent reports it with the name of the case
-        connection.send(failure)
-        raise
-
-
-def peak_memory(function: Callable[..., Iterator[None]], *arguments: Any, threads: int = 1) -> int:
-    """Peak memory of the second part of a generator, above what is resident after the first, in a process of its own.
-
-    Args:
-        function: module-level generator function: builds its inputs, warms up, yields once, does the work, ends.
-        arguments: what it is called with.
-        threads: PyTorch threads in that process.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        RuntimeError: the process died, most likely for want of memory.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_probe, args=(theirs, function, arguments, threads))
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError:
-        answer = RuntimeError(
-            f"{function.__name__}{arguments} died while its peak memory was measured.\n"
-            "  It probably ran out of memory. Measure a smaller shape."
-        )
-    process.join()
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer

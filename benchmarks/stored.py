@@ -1,0 +1,29 @@
+"""Where the rows of the benchmarks are kept: one CSV file for each device."""
+
+import re
+from pathlib import Path
+
+from ssmtune.measure import results
+
+FOLDER = Path(__file__).with_name("results")
+
+
+def default_file(device: str) -> Path:
+    """benchmarks/results/<device>.csv."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".csv")
+
+
+def store(environment: results.Environment, rows: list[results.Row], quick: bool, path: Path | None) -> None:
+    """Append the rows of a run to a file and say so; a quick run is stored only in a file that was named.
+
+    Args:
+        path: None for the file of the device.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if path is None and quick:
+        return
+    path = path or default_file(environment.device)
+    results.append(path, rows)
+    print(f"{len(rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
