@@ -152,7 +152,7 @@ def _environments(backend: str, quick: bool) -> tuple[str, ...]:
     """Tags of the processes of their own that mean something here."""
     from ssmtune import native
 
-    wider = ("avx2",) if backend == "cpu" and native.cpu_capability() == "avx512" else ()
+    wider = ("avx2",) if backend == "cpu" and native.cpu_capability().startswith("avx512") else ()
     return wider if quick or platform.libc_ver()[0] != "glibc" else (*wider, KEPT)
 
 

@@ -11,14 +11,12 @@
 namespace ssmtune {
 namespace {
 
-// Packed sequences may have very different lengths: there, tasks are ranges of channels first.
-Partition make_conv_partition(int64_t sequences, int64_t dim, bool packed) {
-  Partition partition = make_partition(packed ? 1 : sequences, dim, dim);
-  if (packed) {
-    partition.batch = sequences;
-    partition.groups = std::min(sequences, std::max<int64_t>(1, 16 / partition.ranges));
-  }
-  return partition;
+// Rows of the batch are cut along time where memory has the steps of all channels one after the other: tasks that share them
+// by channels would each read scattered pieces of it.
+int64_t pieces_of_rows(const Tensor& x, const SequenceTensor& layout) {
+  constexpr int64_t kLeast = 128;  // steps of a piece: it looks at a few of those before and after it too
+  const int64_t wanted = (kTasks + x.size(0) - 1) / x.size(0);
+  return layout.channels_last ? std::clamp<int64_t>(x.size(2) / kLeast, 1, wanted) : 1;
 }
 
 // `bounds` must outlive the parameters.
@@ -28,19 +26,20 @@ void fill_conv(CausalConv1dParams& p, const Tensor& x, const Tensor& weight, con
   p.dim = x.size(1), p.seqlen = x.size(2), p.width = weight.size(1);
   check_sizes({x.size(0), p.dim, p.seqlen, p.width});
   p.bounds = bounds.empty() ? nullptr : bounds.data();
-  const int64_t sequences = p.bounds ? static_cast<int64_t>(bounds.size()) - 1 : x.size(0);
-  p.partition = make_conv_partition(sequences, p.dim, p.bounds);
+  p.sequences = p.bounds ? static_cast<int64_t>(bounds.size()) - 1 : x.size(0);
   p.x = sequence(x, "x", {x.size(0), p.dim, p.seqlen}, dtype_of(x, "x"));
+  p.pieces = pieces_of_rows(x, p.x);
+  p.partition = make_partition(x.size(0) * p.pieces, p.dim, p.dim);
   p.weight = contiguous(weight, "weight", {p.dim, p.width});
   p.bias = contiguous(bias, "bias", {p.dim});
-  p.initial_states = contiguous(initial_states, "initial_states", {sequences, p.dim, p.width - 1});
+  p.initial_states = contiguous(initial_states, "initial_states", {p.sequences, p.dim, p.width - 1});
   p.silu = silu;
 }
 
 // The states after each sequence; with a width of 1 there are none.
 SequenceTensor final_states(const OptionalTensor& x, const char* name, const CausalConv1dParams& p) {
   if (!x || p.width == 1) return {};
-  return sequence(x, name, {p.partition.batch, p.dim, p.width - 1}, p.x.dtype);
+  return sequence(x, name, {p.sequences, p.dim, p.width - 1}, p.x.dtype);
 }
 
 void causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_states,
@@ -64,7 +63,7 @@ void causal_conv1d_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, 
   p.dout = sequence(dout, "dout", sequence_shape, p.x.dtype);
   p.dx = result(dx, "dx", sequence_shape, p.x.dtype);
   p.dfinal_states = final_states(dfinal_states, "dfinal_states", p);
-  p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.partition.batch, p.dim, p.width - 1});
+  p.dinitial_states = contiguous(dinitial_states, "dinitial_states", {p.sequences, p.dim, p.width - 1});
   Gradient weight_gradient(dweight, "dweight", p.partition, p.partition.batch, {p.dim, p.width});
   Gradient bias_gradient(dbias, "dbias", p.partition, p.partition.batch, {p.dim});
   p.dweight = weight_gradient.get();

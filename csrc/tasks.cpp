@@ -1,11 +1,6 @@
 #include "tasks.h"
 
 namespace ssmtune {
-namespace {
-
-constexpr int64_t kTasks = 16;
-
-}  // namespace
 
 Partition make_partition(int64_t batch, int64_t dim, int64_t max_ranges, int64_t sections) {
   Partition partition{batch, dim, std::min(batch, kTasks), sections, sections};

@@ -15,8 +15,11 @@
 
 namespace ssmtune {
 
-// Enough tasks to keep some 16 threads busy, from rows of the batch first and from channels for the rest. `max_ranges`
-// bounds what each range of channels costs in memory.
+// Enough to keep some 16 threads busy.
+inline constexpr int64_t kTasks = 16;
+
+// About as many, from rows of the batch first and from channels for the rest. `max_ranges` bounds what each range of channels
+// costs in memory.
 Partition make_partition(int64_t batch, int64_t dim, int64_t max_ranges, int64_t sections = 1);
 
 // The same for packed sequences: from channels first, for the lengths of sequences may differ. Groups of them have about as

@@ -66,7 +66,7 @@ def why_not() -> str | None:
 
 
 def cpu_capability() -> str | None:
-    """Instruction set of the compiled kernels in use ("avx512", "avx2" or "default"), None without them."""
+    """Instruction set of the compiled kernels in use: avx512_bf16, avx512, avx2, default, or None without them."""
     if not is_loaded():
         return None
 

@@ -122,7 +122,8 @@ def causal_conv1d_fwd_kernel(
         b_y = b_y.to(out_ptr.dtype.element_ty)
         tl.store(p_out + j * next_out, b_y, mask=(o_t + j < length)[:, None] & m_d)
     if final_states_ptr is not None:
-        if length <= start + TILE:
+        # not in the last tile alone: they may begin in the one before it
+        if length - (WIDTH - 1) < start + TILE:
             for j in tl.static_range(1 - WIDTH, STEPS):
                 t = o_t + j
                 # steps before the lane are another lane's, but for those before the sequence

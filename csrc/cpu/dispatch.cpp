@@ -26,6 +26,7 @@ SSMTUNE_DECLARE_KERNELS(default_)
 #ifdef __x86_64__
 SSMTUNE_DECLARE_KERNELS(avx2)
 SSMTUNE_DECLARE_KERNELS(avx512)
+SSMTUNE_DECLARE_KERNELS(avx512_bf16)
 #endif
 
 namespace {
@@ -45,6 +46,8 @@ KernelTable choose() {
 #endif
   const Candidate candidates[] = {
 #ifdef __x86_64__
+      {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"),
+       [] { return SSMTUNE_KERNEL_TABLE(avx512_bf16, "avx512_bf16"); }},
       {"avx512", has_avx512, [] { return SSMTUNE_KERNEL_TABLE(avx512, "avx512"); }},
       {"avx2", has_avx2, [] { return SSMTUNE_KERNEL_TABLE(avx2, "avx2"); }},
 #endif

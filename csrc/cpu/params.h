@@ -131,21 +131,16 @@ struct SelectiveStateUpdate {
 };
 
 struct CausalConv1dParams {
-  // Steps of one row of the batch.
-  struct Sequence {
-    int64_t batch, begin, end;
-  };
-
-  Partition partition;  // of sequences, each a row of the batch unless they are packed, and channels
+  Partition partition;  // of pieces of the rows of the batch, and channels
   int64_t dim, seqlen, width;
+  int64_t pieces;         // that each row of the batch is cut into along time
+  int64_t sequences;      // the batch, or the sequences packed into a batch of 1
   const int64_t* bounds;  // (sequences + 1,): where packed sequences begin and end; null for one in each row of the batch
   SequenceTensor x;
   const float* weight;          // (dim, width)
   const float* bias;            // (dim,)
   const float* initial_states;  // (sequences, dim, width - 1), oldest step first
   bool silu;
-
-  Sequence sequence(int64_t i) const { return bounds ? Sequence{0, bounds[i], bounds[i + 1]} : Sequence{i, 0, seqlen}; }
 };
 
 struct CausalConv1dForward : CausalConv1dParams {

@@ -118,10 +118,14 @@ SSMTUNE_INLINE HalfVec narrow_bits(BitVec x) {
 SSMTUNE_INLINE Vec widen(HalfVec x, BFloat16) { return from_bits(widen_bits(x) << 16); }
 
 SSMTUNE_INLINE HalfVec narrow(Vec x, BFloat16) {  // to nearest, ties to even
+#if defined(__AVX512BF16__)
+  return (HalfVec)_mm512_cvtneps_pbh(x);
+#else
   const BitVec bits = bits_of(x);
   // not added to a NaN, which it could turn into a number
   const BitVec half_and_even = (((bits >> 16) & 1u) + 0x7fffu) & (BitVec)(x == x);
   return narrow_bits((bits + half_and_even) >> 16);
+#endif
 }
 
 SSMTUNE_INLINE Vec widen(HalfVec x, Float16) {
@@ -348,6 +352,9 @@ SSMTUNE_INLINE Vec exp_negative_abs(Vec x) { return exp2(abs(x) * -kLog2e); }
 // Both functions take e = exp(-|x|), which they share.
 SSMTUNE_INLINE Vec sigmoid(Vec x, Vec e) { return select(x < 0.0f, e, broadcast(1.0f)) / (1.0f + e); }
 SSMTUNE_INLINE Vec sigmoid(Vec x) { return sigmoid(x, exp_negative_abs(x)); }
+
+// x sigmoid(x), without the cases that keep exp(-x) small: where it is cut off, below -88, the result is zero within 1e-36.
+SSMTUNE_INLINE Vec silu(Vec x) { return x / (1.0f + exp2(at_most(x * -kLog2e, 127.0f))); }
 
 // softplus(x) = max(x, 0) + log(1 + e), the logarithm as the series of 2 atanh(s) with s = e / (2 + e) <= 1/3. Above 20 this
 // agrees with a softplus that turns linear there, and so does its derivative, the sigmoid.

@@ -121,6 +121,18 @@ def test_packed_sequences(lengths, dim, width, flags, initial, backend, poison_e
     check(inputs, flags["seed"] % 4 > 0, backend, activation="silu" if width % 2 else None, cu_seqlens=cu_seqlens)
 
 
+# Rows of 522 steps are cut in four pieces of time, at 130, 261 and 391: sequences end at a cut and right beside it.
+@pytest.mark.parametrize("lengths", [[522], [129, 3, 1, 127, 1, 2, 126, 3, 130]], ids=["alone", "packed"])
+@pytest.mark.parametrize(
+    "width, dtype", [(4, torch.float32), (3, torch.bfloat16), (2, torch.float16), (40, torch.float32)]
+)
+def test_long_rows(lengths, width, dtype, backend, poison_empty):
+    inputs = make(1, 37, sum(lengths), width, dtype=dtype, layout="strided", initial=False)
+    inputs["initial_states"] = torch.randn(len(lengths), 37, width - 1)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)]) if len(lengths) > 1 else None
+    check(inputs, True, backend, activation="silu", cu_seqlens=cu_seqlens)
+
+
 def test_packing_changes_nothing(backend):
     inputs = make(1, 20, 75, 4, initial=False)
     states = torch.randn(3, 20, 3)

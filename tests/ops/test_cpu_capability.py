@@ -67,7 +67,7 @@ def expected(tmp_path_factory):
     return torch.load(path)
 
 
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx512_bf16", "avx512", "avx2", "default"])
 def test_each_instruction_set(native_kernels, tmp_path, expected, capability):
     done = run(tmp_path / "results.pt", "cpu", capability)
     if done.returncode != 0 and "not supported" in done.stderr:

@@ -77,7 +77,7 @@ def test_instruction_sets_share_no_code():
     for name, folder in folders.items():
         symbols = output_of("nm", "--defined-only", *map(str, folder.rglob("*.o"))).splitlines()
         inline[name] = {match[1] for line in symbols if (match := re.search(r" W (\S+)$", line))}
-    for name in ("kernels_avx512.dir", "kernels_avx2.dir"):
+    for name in ("kernels_avx512_bf16.dir", "kernels_avx512.dir", "kernels_avx2.dir"):
         others = set().union(*(symbols for other, symbols in inline.items() if other != name))
         assert inline[name] & others == set()
 
@@ -88,7 +88,7 @@ def test_loads_and_names_its_instruction_set():
         pytest.skip("SSMTUNE_NO_NATIVE is set")
     assert native.is_loaded()
     assert native.why_not() is None
-    assert native.cpu_capability() in ("avx512", "avx2", "default")
+    assert native.cpu_capability() in ("avx512_bf16", "avx512", "avx2", "default")
 
 
 @pytest.mark.skipif(not native.CUDA_LIBRARY.is_file(), reason="ssmtune/_C_cuda.so is not built")

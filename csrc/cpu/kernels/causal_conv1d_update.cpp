@@ -67,7 +67,7 @@ void causal_conv1d_update(const CausalConv1dUpdate& p, int64_t row, int64_t begi
     const Vec x = read(p.x, row * p.x.strides[0] + channel * p.x.strides[1], 1, lanes);
     if (context > 0) write(p.state, state + (context - 1) * p.state.strides[2], 1, x, lanes);
     y += read(p.weight, weight + context * p.weight.strides[1], 0, lanes) * x;
-    if (p.silu) y *= sigmoid(y);
+    if (p.silu) y = silu(y);
     write(p.out, row * p.out.strides[0] + channel * p.out.strides[1], 1, y, lanes);
   }
 }

@@ -50,10 +50,7 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
     Vec y = sum_each(sums);
     if (p.D) y += load_first(p.D + channel, lanes) * value;
     if (output_offset) y += load_first(output_offset + channel, lanes);
-    if (z) {
-      const Vec gate = load_first(z + channel, lanes);
-      y *= gate * sigmoid(gate);
-    }
+    if (z) y *= silu(load_first(z + channel, lanes));
     store_first(out + channel, y, lanes);
   }
 }
