@@ -62,6 +62,7 @@ class Bar:
     at_least: float | None = None
     at_most: float | None = None
     unit: str = "x"
+    gpu: bool = False
 
     def holds(self, ratios: list[float]) -> bool | None:
         """None where nothing was measured."""
@@ -229,9 +230,94 @@ def _throughput(run: Run) -> list[float]:
     return _divide((rows.get(("ssmtune", batch)), rows[name, batch]) for name, batch in peers)
 
 
+def _on_gpu(run: Run, direction: str, backend: str, sizes: Sizes, variant: str = "") -> float | None:
+    """Milliseconds of a scan in bfloat16, in the layout that suits its implementation."""
+    tags = PEERS[backend].tags if backend in PEERS else ()
+    return run.time(direction, backend, sizes, 0, " ".join((*tags, "bfloat16", *variant.split())))
+
+
+def _gpu_sizes(run: Run, batch: int | None = None, dim: int | None = None) -> list[Sizes]:
+    places = [sizes for sizes, threads in run.settings("mamba_ssm") if threads == 0]
+    return [sizes for sizes in places if batch in (None, sizes[0]) and dim in (None, sizes[1])]
+
+
+def _over_mamba_ssm(
+    direction: str, backend: str, batch: int | None = None, dim: int | None = None, seqlen: int | None = None
+) -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        places = [sizes for sizes in _gpu_sizes(run, batch, dim) if seqlen in (None, sizes[2])]
+        return _divide(
+            (_on_gpu(run, direction, "mamba_ssm", sizes), _on_gpu(run, direction, backend, sizes)) for sizes in places
+        )
+
+    return ratios
+
+
+def _over_bound(backend: str, sizes: Sizes) -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        bounds = [
+            row.median
+            for row in run.rows
+            if row.backend == "bound"
+            and (row.pass_, row.variant) == ("fwd", "bfloat16")
+            and (row.batch, row.dim, row.seqlen) == sizes
+        ]
+        return _divide([(_on_gpu(run, "fwd", backend, sizes), max(bounds))]) if bounds else []
+
+    return ratios
+
+
+def _gpu_offset(run: Run) -> list[float]:
+    return _divide(
+        (_on_gpu(run, way, backend, sizes, "state-offset"), _on_gpu(run, way, backend, sizes))
+        for backend in ("triton", "cuda")
+        for way in ("fwd", "fwdbwd")
+        for sizes, threads in run.settings(backend)
+        if threads == 0
+    )
+
+
+def _gpu_memory(backend: str) -> Callable[[Run], list[float]]:
+    def ratios(run: Run) -> list[float]:
+        peaks = {
+            (row.backend, row.batch, row.dim, row.seqlen): row.median
+            for row in run.rows
+            if (row.metric, row.pass_, row.threads) == ("peak memory", "fwdbwd", 0)
+        }
+        places = [place[1:] for place in peaks if place[0] == "mamba_ssm"]
+        return _divide((peaks.get((backend, *place)), peaks[("mamba_ssm", *place)]) for place in places)
+
+    return ratios
+
+
+def _gpu_step(above: tuple[str, str], below: tuple[str, str]) -> Callable[[Run], list[float]]:
+    """Tokens per second of one implementation and method over those of another, for each model."""
+
+    def ratios(run: Run) -> list[float]:
+        rows = {
+            (row.backend, *row.variant.split(maxsplit=1)): row.median
+            for row in run.rows
+            if (row.metric, row.threads) == ("throughput", 0)
+        }
+        layers = [key[2] for key in rows if key[:2] == below]
+        return _divide((rows.get((*above, depth)), rows[(*below, depth)]) for depth in layers)
+
+    return ratios
+
+
+def _gpu_adapters(run: Run) -> list[float]:
+    return _divide(
+        tuple(run.time("fwd", backend, sizes, threads, f"{prefix}{tag}") for tag in ("64-adapters", "one-adapter"))
+        for prefix in ("", "bfloat16 ")
+        for backend in ("cpu", "triton", "cuda")
+        for sizes, threads in run.settings(backend)
+    )
+
+
 SHORT_STEP: Sizes = (1, 768, 512)
 LONG_STEP: Sizes = (4, 768, 512)
 BASE_STEP: Sizes = (4, 256, 512)
+GPU_STEP: Sizes = (8, 4096, 2048)
 SCAN = "selective_scan"
 STEP = "training_step"
 CONV = "causal_conv1d"
@@ -295,7 +381,45 @@ BARS = (
     Bar(CONV, "convolution with silu, forward + backward, against torch", _convolution("fwdbwd"), at_least=10),
     Bar(CONV, "convolution in bfloat16 / float32", _convolution_halves, at_most=0.77),
     Bar(UPDATE, "one step of the recurrence, against transformers", _step_update, at_least=3),
+    Bar(UPDATE, "one step, an adapter for each row / one for all", _gpu_adapters),
     Bar(DECODING, "tokens per second of mamba-5m, against transformers", _throughput),
+    *(
+        replace(bar, gpu=True)
+        for bar in (
+            Bar(SCAN, "Triton forward, against mamba_ssm", _over_mamba_ssm("fwd", "triton"), at_least=1.5),
+            Bar(SCAN, "Triton backward, against mamba_ssm", _over_mamba_ssm("bwd", "triton"), at_least=1.5),
+            Bar(SCAN, "Triton peak memory / that of mamba_ssm", _gpu_memory("triton"), at_most=0.5),
+            Bar(SCAN, "CUDA forward / bound, 8 x 4096 x 2048", _over_bound("cuda", GPU_STEP), at_most=1.3),
+            Bar(SCAN, "CUDA forward, 8 x 4096, against mamba_ssm", _over_mamba_ssm("fwd", "cuda", 8, 4096), at_least=2),
+            Bar(SCAN, "CUDA backward, 8 x 4096, against mamba_ssm", _over_mamba_ssm("bwd", "cuda", 8, 4096), 1.8),
+            Bar(
+                SCAN,
+                "CUDA forward + backward, 1 x 1536 x 16,384, against mamba_ssm",
+                _over_mamba_ssm("fwdbwd", "cuda", 1, 1536, 16_384),
+                at_least=3,
+            ),
+            Bar(SCAN, "CUDA peak memory / that of mamba_ssm", _gpu_memory("cuda")),
+            Bar(SCAN, "GPU: state offset / none", _gpu_offset, at_most=1.03),
+            Bar(
+                STEP,
+                "GPU: full step, tokens/s over transformers on mamba_ssm",
+                _gpu_step(("ssmtune", "full"), ("transformers", "full")),
+            ),
+            Bar(
+                STEP,
+                "GPU: LoRA step, tokens/s over transformers on mamba_ssm",
+                _gpu_step(("ssmtune", "lora"), ("transformers", "lora")),
+            ),
+            *(
+                Bar(
+                    STEP,
+                    f"GPU: {method} step, tokens/s over its authors' way",
+                    _gpu_step(("ssmtune", method), ("authors", method)),
+                )
+                for method in ("state-offset", "initial-state")
+            ),
+        )
+    ),
 )
 
 

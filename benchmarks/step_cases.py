@@ -15,15 +15,19 @@ from transformers.utils import logging
 
 import ssmtune
 import ssmtune.tuners  # noqa: F401  peft takes seconds to import: once, before processes are forked from this module
+from benchmarks.peers.authors_mixer import use_authors_way
 from benchmarks.peers.unbind_mixer import use_unbind_loop
 from ssmtune.measure.specs import OURS
-from ssmtune.measure.timing import Disagreement, Lap, laps, verify
+from ssmtune.measure.timing import Disagreement, Lap, gpu_peak_memory, laps, verify
 from ssmtune.methods import apply_method
 from ssmtune.ops import backend
 
+PATCHED = (*OURS, "ssmtune")
+"""Backends of a patched model: one of ssmtune's for every operator, or the best for each."""
+
 VALUE_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Two layers in float32 against float64; and the losses of the whole model against each other."""
 
 
@@ -31,8 +35,9 @@ LOSS_TOLERANCE = 1e-4
 class StepSpec:
     """A training step by name, so that another process can build it.
 
-    `backend` is one of ssmtune's (the model is patched), mambapy, unbind loop, transformers, or gemm: only the matrix
-    products of the linear layers of the patched model's step.
+    `backend` is one of ssmtune's (the model is patched), mambapy, unbind loop, transformers, authors (State-offset and
+    Initial State Tuning as they released it), or gemm: only the matrix products of the linear layers of the patched
+    model's step. With `optimizer` AdamW takes a step too, of size zero, so that every run is the same.
     """
 
     backend: str
@@ -44,8 +49,14 @@ class StepSpec:
     vocabulary: int = 1024
     dstate: int = 16
     tags: tuple[str, ...] = ()
+    device: str = "cpu"
+    dtype: str = "float32"
+    optimizer: bool = False
 
-    stages = ("fwd", "bwd")
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What one run consists of."""
+        return ("fwd", "bwd", "optimizer") if self.optimizer else ("fwd", "bwd")
 
     @property
     def variant(self) -> str:
@@ -63,51 +74,61 @@ class StepSpec:
 
 
 @cache
-def _model(spec: StepSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
+def _model(spec: StepSpec, dtype: torch.dtype) -> nn.Module:
     logging.set_verbosity_error()  # transformers warns that it is slow, which is what is measured here
     torch.manual_seed(0)
-    model = MambaForCausalLM(
-        MambaConfig(
-            vocab_size=spec.vocabulary,
-            hidden_size=spec.width,
-            state_size=spec.dstate,
-            num_hidden_layers=spec.layers,
-            use_mambapy=spec.backend == "mambapy",
-            use_cache=False,
-        )
-    ).to(dtype)
+    with torch.device(spec.device):
+        model = MambaForCausalLM(
+            MambaConfig(
+                vocab_size=spec.vocabulary,
+                hidden_size=spec.width,
+                state_size=spec.dstate,
+                num_hidden_layers=spec.layers,
+                use_mambapy=spec.backend == "mambapy",
+                use_cache=False,
+            )
+        ).to(dtype)
+    if spec.backend == "authors":
+        return use_authors_way(model, spec.method).train()
     if spec.backend == "unbind loop":
         use_unbind_loop(model)
-    elif spec.backend in OURS:
+    elif spec.backend in PATCHED:
         ssmtune.patch(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it has renamed
         return apply_method(model, spec.method).train()
 
 
-def build(spec: StepSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(spec: StepSpec, dtype: torch.dtype) -> nn.Module:
     """The model of a spec, kept for the next step of the same one whatever its batch."""
     backend = "cpu" if spec.backend == "gemm" else spec.backend  # its layers are looked at, its scan does not matter
-    return _model(replace(spec, backend=backend, batch=0, seqlen=0, tags=()), dtype)
+    return _model(replace(spec, backend=backend, batch=0, seqlen=0, tags=(), optimizer=False), dtype)
 
 
 def forget_models() -> None:
     """Free every model that is kept."""
     _model.cache_clear()
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class StepCase:
-    """Forward and backward of a causal language model, without an optimizer."""
+    """Forward and backward of a causal language model, and the optimizer where the spec has one."""
 
-    def __init__(self, spec: StepSpec, dtype: torch.dtype = torch.float32):
+    def __init__(self, spec: StepSpec, dtype: torch.dtype | None = None):
+        dtype = dtype or getattr(torch, spec.dtype)
         self.spec, self.label, self.stages = spec, spec.label, spec.stages
         self.model = build(spec, dtype)
         generator = torch.Generator().manual_seed(0)
-        self.tokens = torch.randint(spec.vocabulary, (spec.batch, spec.seqlen), generator=generator)
+        self.tokens = torch.randint(spec.vocabulary, (spec.batch, spec.seqlen), generator=generator).to(spec.device)
         self.named = None
-        if spec.backend in OURS:
-            self.named = spec.backend if dtype == torch.float32 else "reference"
+        if spec.backend in PATCHED:
+            self.named = "reference" if dtype == torch.float64 else spec.backend.replace("ssmtune", "auto")
+        self.optimizer = None
+        if spec.optimizer:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=spec.device == "cuda")
         self._losses: list[float] = []
         self.logits: Tensor | None = None
 
@@ -116,12 +137,15 @@ class StepCase:
         return backend(self.named) if self.named else nullcontext()
 
     def run(self) -> Iterator[None]:
-        """Forward, backward, with a yield after each."""
+        """Forward, backward, optimizer, with a yield after each."""
         with self.backend():
             output = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False)
         yield
         output.loss.backward()
         yield
+        if self.optimizer is not None:
+            self.optimizer.step()
+            yield
         self._losses.append(output.loss.item())
         self.logits = output.logits.detach()
 
@@ -131,9 +155,21 @@ class StepCase:
 
     def time(self) -> list[Lap]:
         self.model.zero_grad(set_to_none=True)
-        measured = laps(self.run())
+        measured = laps(self.run(), self.spec.device)
         self.logits = None
         return measured
+
+    def peak(self) -> int:
+        """Run once on a GPU: the peak of all memory, that of the model and the optimizer's included, in bytes."""
+        self.model.zero_grad(set_to_none=True)
+        self.logits = None
+        held = torch.cuda.memory_allocated()
+        return held + gpu_peak_memory(self.run())
+
+    def free(self) -> None:
+        """Let go of the model; the losses stay."""
+        self.model = self.optimizer = self.logits = None
+        forget_models()
 
     def values(self, channels: slice | None = None) -> tuple[dict[str, Tensor], float]:
         self.model.zero_grad(set_to_none=True)
@@ -143,7 +179,7 @@ class StepCase:
         seconds = time.perf_counter() - start
         gradients = {name: value.grad for name, value in self.model.named_parameters() if value.grad is not None}
         logits, self.logits = self.logits, None
-        return {"out": logits, **gradients}, seconds
+        return {name: value.cpu() for name, value in {"out": logits, **gradients}.items()}, seconds
 
 
 @dataclass(frozen=True)
@@ -209,17 +245,23 @@ class GemmCase:
         return laps(self.run())
 
 
-def verify_small(spec: StepSpec) -> None:
+def verify_small(spec: StepSpec, factor: float = 1) -> None:
     """Hold two layers of a spec, full width and short, to the same in float64: logits and every gradient.
 
     Full fine-tuning is held to transformers' own scan; a method that only a patched model can run, to the plain PyTorch
     reference in float64. What a method adds starts at zero, so it is moved away from there first.
 
+    Args:
+        spec: of what is about to be timed.
+        factor: times the tolerances.
+
     Raises:
         Disagreement: a result is further away than float32 rounding explains.
     """
-    small = replace(spec, layers=2, batch=2, seqlen=48)
-    oracle = replace(small, backend="transformers" if spec.method == "full" else "reference")
+    small = replace(spec, layers=2, batch=2, seqlen=48, dtype="float32", optimizer=False)
+    # where mamba_ssm is installed, transformers would take its kernels
+    upstream = spec.method == "full" and spec.device == "cpu"
+    oracle = replace(small, backend="transformers" if upstream else "reference")
     right, tried = StepCase(oracle, torch.float64), StepCase(small)
     if spec.method != "full":
         generator = torch.Generator().manual_seed(1)
@@ -227,13 +269,14 @@ def verify_small(spec: StepSpec) -> None:
         with torch.no_grad():
             for name, value in tried.model.named_parameters():
                 if value.requires_grad:
-                    value.add_(0.05 * torch.randn(value.shape, generator=generator))
+                    value.add_(0.05 * torch.randn(value.shape, generator=generator).to(value.device))
                     theirs[name].copy_(value)
     expected, _ = right.values()
     missing = {name for name, value in tried.model.named_parameters() if value.requires_grad} - set(expected)
     if missing:
         raise Disagreement(f"{spec.label}: {', '.join(sorted(missing))} has no gradient in float64.")
-    verify(tried, expected, value_tolerance=VALUE_TOLERANCE, gradient_tolerance=GRADIENT_TOLERANCE)
+    limits = factor * VALUE_TOLERANCE, factor * GRADIENT_TOLERANCE
+    verify(tried, expected, None, *limits)
     forget_models()
 
 
@@ -246,7 +289,7 @@ def check_losses(cases: Sequence[StepCase]) -> None:
     first = cases[0].losses()[0]
     for case in cases:
         for loss in case.losses():
-            if not abs(loss - first) <= LOSS_TOLERANCE * abs(first):
+            if not abs(loss - first) <= LOSS_TOLERANCE[case.spec.dtype] * abs(first):
                 raise Disagreement(
                     f"{case.label}: the loss is {loss:.6f}, that of {cases[0].label} {first:.6f}.\n"
                     "  Both start from the same weights and tokens, so their times cannot be compared."

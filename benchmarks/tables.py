@@ -6,17 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import instruction_counts
-from benchmarks.bars import CONV, DECODING, OPS, STEP, UPDATE, Bar, Run, Sizes, judge
+from benchmarks.bars import CONV, DECODING, OPS, SCAN, STEP, UPDATE, Bar, Run, Sizes, judge
 from benchmarks.stored import FOLDER
 from ssmtune.measure import results
 from ssmtune.measure.peers import PEERS
 from ssmtune.measure.results import Row
-from ssmtune.measure.table import number
+from ssmtune.measure.table import PASSES, comparison, number
 
 README = Path(__file__).with_name("README.md")
-MODULES = {UPDATE: "decoding"}
-"""Which benchmark measures an operator, where it is not the one of its name."""
-
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -29,11 +26,14 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def bar_table(rows: Iterable[Row]) -> str:
-    """Every ratio with its bar, for both allocators; a bar that is missed says so."""
+    """Every ratio of the device with its bar; on a CPU for both allocators. A bar that is missed says so."""
     rows = list(rows)
-    body = []
-    for (bar, usual), (_, kept) in zip(judge(rows), judge(rows, kept=True), strict=True):
-        body.append((bar.title, bar.limit(), _verdict(bar, usual), _verdict(bar, kept)))
+    gpu = any(row.threads == 0 for row in rows)
+    usual = [(bar, ratios) for bar, ratios in judge(rows) if bar.gpu == gpu or ratios]
+    if gpu:
+        return markdown(("ratio", "bar", "measured"), ((bar.title, bar.limit(), _verdict(bar, r)) for bar, r in usual))
+    kept = {bar.title: ratios for bar, ratios in judge(rows, kept=True)}
+    body = [(bar.title, bar.limit(), _verdict(bar, found), _verdict(bar, kept[bar.title])) for bar, found in usual]
     return markdown(("ratio", "bar", "allocator as it comes", "memory kept"), body)
 
 
@@ -177,14 +177,23 @@ def section(path: Path) -> str:
         if measured:
             first = measured[0]
             text.append(
-                f"#### {op}\n\n`python -m benchmarks.{MODULES.get(op, op)}`: {first.device}, torch {first.torch}, "
+                f"#### {op}\n\n`python -m benchmarks.{_module(op, measured)}`: {first.device}, torch {first.torch}, "
                 f"ssmtune {first.ssmtune} ({first.commit}), {first.timestamp[:10]}\n"
             )
             text += _tables(op, Run(measured), Run(measured, kept=True))
     return "\n".join(text)
 
 
+def _module(op: str, rows: Sequence[Row]) -> str:
+    """Which benchmark measures an operator."""
+    if op in (SCAN, CONV) and rows[0].threads == 0:
+        return "gpu_kernels"
+    return "decoding" if op == UPDATE else op
+
+
 def _tables(op: str, usual: Run, kept: Run) -> list[str]:
+    if op in (SCAN, CONV, STEP) and any(row.threads == 0 for row in usual.rows):
+        return _gpu_tables(op, usual)
     ours = next((name for name in ("cuda", "triton", "cpu", "reference") if usual.settings(name)), "cpu")
     if op == STEP:
         title = f"Wall time of forward and backward, {usual.rows[0].threads} threads; memory above the model"
@@ -207,6 +216,43 @@ def _tables(op: str, usual: Run, kept: Run) -> list[str]:
             ("Peak memory of a scan above its inputs, in (batch, dim, seqlen) tensors", memory_table(usual)),
         ]
     return [f"{title}:\n\n{table}" for title, table in parts if table.count("\n") > 2]
+
+
+def _gpu_tables(op: str, run: Run) -> list[str]:
+    limits = [f"{row.backend} {number(row.median)} {row.unit}" for row in run.rows if row.metric == "limit"]
+    parts = [(f"Limits, measured in this run: {', '.join(limits)}\n", "")] if limits else []
+    if op == STEP:
+        parts.append(("Forward, backward and AdamW in bfloat16; memory with the model", gpu_step_table(run)))
+    else:
+        parts.append(("Times on the GPU, ms", markdown(*comparison(run.rows, op))))
+        parts.append(("Peak memory of a scan above its inputs, in tensors of its sequences", gpu_memory_table(run)))
+    return [f"{title}:\n\n{table}" if table else title for title, table in parts if not table or table.count("\n") > 2]
+
+
+def gpu_memory_table(run: Run) -> str:
+    """Peak memory of each implementation, with what its outputs take."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in run.rows:
+        if row.metric == "peak memory":
+            place = (PASSES[row.pass_], f"({row.batch}, {row.dim}, {row.seqlen})")
+            found.setdefault(place, {})[row.backend] = row.median
+    names = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    body = ((*place, *(number(cells.get(name)) for name in names)) for place, cells in found.items())
+    return markdown(("pass", "batch, dim, seqlen", *names), body)
+
+
+def gpu_step_table(run: Run) -> str:
+    """Tokens per second and peak memory of a training step, or that it did not fit."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in run.rows:
+        if row.pass_ == "step":
+            place = (f"{row.batch} x {row.seqlen}", f"{row.variant}, width {row.dim}", row.backend)
+            found.setdefault(place, {})[row.metric] = row.median
+    body = []
+    for place, cells in found.items():
+        rate = "out of memory" if "out of memory" in cells else number(cells.get("throughput"))
+        body.append((*place, number(cells.get("gpu time")), rate, number(cells.get("peak memory"))))
+    return markdown(("tokens", "method", "implementation", "step, ms", "tokens/s", "peak, MiB"), body)
 
 
 def instruction_section(rows: Sequence[instruction_counts.Row]) -> str:

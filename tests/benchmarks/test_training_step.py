@@ -124,3 +124,41 @@ def test_groups_compare_like_with_like():
     for group in (*training_step.groups("cpu", False), *training_step.groups("cpu", True)):
         assert len({(spec.batch, spec.seqlen, spec.layers, spec.width) for spec in group}) == 1
         assert len(set(group)) == len(group)
+
+
+def test_run_of_a_gpu_measures_every_method_and_the_authors_way(tmp_path, capsys):
+    path = tmp_path / "gpu.csv"
+    assert training_step.run_on_gpu(True, path, "cpu", minutes=1) == 0
+    rows = results.read(path)
+    assert {(row.backend, row.variant) for row in rows} == {
+        *(("ssmtune", f"{method} 2 layers") for method in training_step.GPU_METHODS),
+        ("authors", "state-offset 2 layers"),
+        ("authors", "initial-state 2 layers"),
+    }
+    assert {row.pass_ for row in rows} == {"fwd", "bwd", "optimizer", "step"}
+    assert {(row.dtype, row.threads) for row in rows} == {("bfloat16", 0)}
+    step = next(row for row in rows if (row.pass_, row.metric) == ("step", "wall time"))
+    rate = next(row for row in rows if row.metric == "throughput")
+    assert rate.median == pytest.approx(1e3 * 2 * 16 / step.median, rel=1e-4)
+
+
+def test_a_model_too_large_for_the_gpu_is_a_row_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    measure = training_step.GpuSession._measure
+
+    def planted(session, spec, seconds):
+        if spec.backend == "authors":
+            raise torch.OutOfMemoryError("planted")
+        return measure(session, spec, seconds)
+
+    monkeypatch.setattr(training_step.GpuSession, "_measure", planted)
+    path = tmp_path / "gpu.csv"
+    assert training_step.run_on_gpu(True, path, "cpu", minutes=1) == 0
+    rows = results.read(path)
+    assert {row.metric for row in rows if row.backend == "authors"} == {"out of memory"}
+    assert any(row.metric == "throughput" and row.variant.startswith("full") for row in rows)
+
+
+def test_nothing_new_is_started_when_the_time_is_over(tmp_path, capsys):
+    assert training_step.run_on_gpu(True, tmp_path / "gpu.csv", "cpu", minutes=0) == 0
+    assert "left out, for the time is over: ssmtune" in capsys.readouterr().out
+    assert not (tmp_path / "gpu.csv").exists()
