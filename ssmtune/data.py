@@ -256,7 +256,7 @@ def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]
                 f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
                 f"  Convert it to one of {', '.join(_SUFFIXES)}."
             )
-        return _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file)
+        return _json_rows(file) if file.suffix == ".jsonl" else csv_rows(file)
     if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{nearest(file.name, siblings)}\n  Check --data.path.")
@@ -282,8 +282,13 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"line {number}", row
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(_lines(file), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+def csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a CSV or TSV file with its header and quotes, each with where it is, such as "line 3".
+
+    Raises:
+        ValueError: a row has not as many fields as the header, or quotes that do not close; names the line.
+    """
+    reader = csv.DictReader(_lines(file), delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
     while True:
         try:
             row = next(reader, None)

@@ -1,7 +1,7 @@
 """DART: put triples made of tables, WebNLG and E2E into words (Nan et al., NAACL 2021), version 1.1.1.
 
-BLEU is sacrebleu's, against all references, on the texts as they are. The paper's METEOR is not computed: no package
-gives it without a download of WordNet, or Java.
+BLEU is sacrebleu's, against all references, on the texts as they are. The paper's METEOR is not computed: nltk's needs
+a download of WordNet, and the original one Java.
 """
 
 from __future__ import annotations

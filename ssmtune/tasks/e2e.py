@@ -6,36 +6,35 @@ otherwise than the challenge's own script: numbers compare with each other, not 
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-import zipfile
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from ssmtune.config import ConfigError
-from ssmtune.data import Example
+from ssmtune.data import Example, csv_rows
 from ssmtune.tasks.generation import GenerationTask
+from ssmtune.tasks.sources import Release, broken
 
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
-WHERE = "It is released at https://github.com/tuetschek/e2e-dataset under CC BY-SA 4.0."
+RELEASE = Release(
+    "e2e",
+    {split: (name,) for split, name in FILES.items()},
+    ("e2e", "e2e-dataset"),
+    "It is released at https://github.com/tuetschek/e2e-dataset under CC BY-SA 4.0.",
+    archive="e2e-dataset.zip",
+)
 
 
 def load(name: str, data_dir: str | Path | None) -> GenerationTask:
-    """The E2E task from `data_dir`: a folder with the three csv files (or one below it), or e2e-dataset.zip.
+    """The E2E task from `data_dir`: a folder with the three csv files or one above it, or e2e-dataset.zip.
 
     One training example per reference; dev and test have one example per meaning representation, with all its
     references.
 
     Raises:
         ConfigError: there is no `data_dir`, or it lacks files; names them.
+        ValueError: a broken file, with its line.
     """
-    if data_dir is None:
-        raise ConfigError(
-            f"task e2e reads its data from disk, and no --data-dir was given.\n"
-            f"  Give the folder of {', '.join(FILES.values())}, or e2e-dataset.zip.\n  {WHERE}"
-        )
-    pairs = {split: _read_pairs(text, name) for split, (name, text) in _read_files(Path(data_dir)).items()}
+    pairs = {split: _read_pairs(path) for split, path in RELEASE.find(data_dir).items()}
     return GenerationTask(
         name=name,
         metric="bleu",
@@ -50,36 +49,15 @@ def load(name: str, data_dir: str | Path | None) -> GenerationTask:
     )
 
 
-def _read_files(path: Path) -> dict[str, tuple[str, str]]:
-    """Split -> (file name, text)."""
-    if not path.exists():
-        raise ConfigError(f"task e2e: --data-dir {path} does not exist.\n  {WHERE}")
-    found: dict[str, str] = {}
-    if path.is_file():
-        if not zipfile.is_zipfile(path):
-            raise ConfigError(f"task e2e: {path} is neither a folder nor a zip file.\n  {WHERE}")
-        with zipfile.ZipFile(path) as archive:
-            for member in sorted(archive.namelist(), reverse=True):
-                found[PurePosixPath(member).name] = archive.read(member).decode("utf-8-sig")
-    else:
-        archives = sorted(path.glob("e2e-dataset*.zip"))
-        if archives and not (path / FILES["train"]).exists():
-            return _read_files(archives[0])
-        for name in FILES.values():
-            candidates = [path / name, *sorted(path.glob(f"*/{name}"))]
-            if file := next((file for file in candidates if file.is_file()), None):
-                found[name] = file.read_text(encoding="utf-8-sig")
-    if missing := [name for name in FILES.values() if name not in found]:
-        raise ConfigError(f"task e2e: {path} lacks {', '.join(missing)}.\n  {WHERE}")
-    return {split: (name, found[name]) for split, name in FILES.items()}
-
-
-def _read_pairs(text: str, name: str) -> list[tuple[str, str]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    columns = {column.lower(): column for column in rows.fieldnames or ()}
-    if not {"mr", "ref"} <= set(columns):
-        raise ConfigError(f"task e2e: {name} has the columns {list(columns)}, expected mr and ref.\n  {WHERE}")
-    return [(row[columns["mr"]].strip(), " ".join(row[columns["ref"]].split())) for row in rows]
+def _read_pairs(path: Path) -> list[tuple[str, str]]:
+    pairs = []
+    for where, row in csv_rows(path):
+        # the official files spell the header in two ways
+        values = {column.lower(): value for column, value in row.items()}
+        if not {"mr", "ref"} <= set(values):
+            raise broken(f"{path}: {where} lacks the column mr or ref", f"Its columns: {', '.join(row)}")
+        pairs.append((values["mr"].strip(), " ".join(values["ref"].split())))
+    return pairs
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> list[Example]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssmtune.config import ConfigError
 from ssmtune.data import load_examples
 from ssmtune.tasks.continuation import ContinuationTask
+from ssmtune.tasks.sources import Release
 
-SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".csv", ".tsv")
+SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
+RELEASE = Release(
+    "files",
+    {split: tuple(name + suffix for name in names for suffix in SUFFIXES) for split, names in SPLIT_NAMES.items()},
+    (),
+    "Each has the columns prompt and completion; hold out dev and test from what you have.",
+)
 
 
 def load(name: str, data_dir: str | Path | None) -> ContinuationTask:
@@ -19,27 +25,14 @@ def load(name: str, data_dir: str | Path | None) -> ContinuationTask:
 
     Raises:
         ConfigError: there is no `data_dir`, or it lacks files; names them.
+        ValueError: a broken file, with its line.
     """
-    if data_dir is None:
-        raise ConfigError(
-            "task files reads its data from disk, and no --data-dir was given.\n"
-            "  Give a folder with train.jsonl, dev.jsonl and test.jsonl (or .csv), with columns prompt and completion."
-        )
-    folder, found = Path(data_dir), {}
-    for split, names in SPLIT_NAMES.items():
-        candidates = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-        found[split] = next((file for file in candidates if file.is_file()), None)
-    if missing := [f"{split}.jsonl" for split, file in found.items() if file is None]:
-        raise ConfigError(
-            f"task files: {folder} lacks {', '.join(missing)} (or .csv).\n"
-            "  Each file has the columns prompt and completion. Hold out dev and test examples from your training file."
-        )
-    examples = {split: load_examples(file) for split, file in found.items()}
+    examples = {split: load_examples(file) for split, file in RELEASE.find(data_dir).items()}
     return ContinuationTask(
         name=name,
         metric="perplexity",
         higher_is_better=False,
         **examples,
         max_length=512,
-        description=f"prompts and completions of {folder}; perplexity per token of the completion, given the prompt",
+        description=f"prompts and completions of {data_dir}; perplexity per token of the completion, given the prompt",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class Release:
         folders: where that folder may be below --data-dir, besides --data-dir itself.
         where: where the files are released, and under which licence.
         hub: the name of the same data on the hub, if it is there.
+        archive: the zip file of the release, if the files can be read from within.
     """
 
     task: str
@@ -29,6 +31,7 @@ class Release:
     folders: tuple[str, ...]
     where: str
     hub: str = ""
+    archive: str = ""
 
     def find(self, data_dir: str | Path | None) -> dict[str, Path] | None:
         """The path of each of `files`; None where `data_dir` is the name of a dataset on the hub.
@@ -36,7 +39,7 @@ class Release:
         Raises:
             ConfigError: there is no `data_dir`, or it lacks files; names them.
         """
-        wanted = ", ".join(names[0] for names in self.files.values())
+        wanted = ", ".join(names[0] for names in self.files.values()) + f", or {self.archive}" * bool(self.archive)
         if data_dir is None:
             raise ConfigError(
                 f"task {self.task} reads its data from disk, and no --data-dir was given.\n"
@@ -46,6 +49,9 @@ class Release:
         root = Path(data_dir)
         if not root.exists() and self.hub and re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", str(data_dir)):
             return None
+        zipped = root / self.archive if root.is_dir() else root
+        if self.archive and zipfile.is_zipfile(zipped):
+            root = zipfile.Path(zipped)
         if not root.is_dir():
             problem = "is not a folder" if root.exists() else "does not exist"
             raise ConfigError(
@@ -56,7 +62,7 @@ class Release:
         if missing := [names for key, names in self.files.items() if key not in best]:
             raise ConfigError(
                 f"task {self.task}: {root} lacks {', '.join(' or '.join(names) for names in missing)}.\n"
-                f"  Looked there and in its folders {', '.join(self.folders)}.\n  {self.where}"
+                f"  Looked there{' and in its folders ' * bool(self.folders)}{', '.join(self.folders)}.\n  {self.where}"
             )
         return best
 

@@ -16,7 +16,6 @@ ROWS = {
 @pytest.fixture
 def folder(tmp_path):
     for split, rows in ROWS.items():
-        # The official files spell the header in two ways.
         with (tmp_path / FILES[split]).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("MR", "ref") if split == "test" else ("mr", "ref"))
@@ -50,6 +49,22 @@ def test_e2e_names_what_is_missing(folder, tmp_path):
         load_task("e2e")
     with pytest.raises(ValueError, match="does not exist"):
         load_task("e2e", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_task("e2e", folder / "trainset.csv")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("mr,text\nname[Zizzi],There is Zizzi.\n", r"line 2 lacks the column mr or ref.*Its columns: mr, text"),
+        ("mr,ref\nname[Zizzi]\n", "line 2 has not 2 fields"),
+        ('mr,ref\nname[Zizzi],"There is\n', "line 2 cannot be read"),
+    ],
+)
+def test_e2e_names_the_broken_line(folder, text, said):
+    (folder / "devset.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"(?s)devset\.csv: {said}"):
+        load_task("e2e", folder)
 
 
 def test_prompt_names_every_slot():

@@ -29,7 +29,7 @@ def test_files_task_reads_three_files(files):
 
 def test_files_task_names_what_is_missing(files):
     (files / "test.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"lacks test\.jsonl \(or \.csv\)"):
+    with pytest.raises(ValueError, match=r"(?s)lacks test\.jsonl or test\.csv or test\.tsv.*prompt and comp"):
         load_task("files", files)
 
 

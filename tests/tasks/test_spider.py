@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sqlite3
 
@@ -5,7 +6,6 @@ import pytest
 
 from ssmtune.config import ConfigError
 from ssmtune.tasks import load_task
-from ssmtune.tasks.spider import SpiderTask
 
 TABLES = [
     {
@@ -89,13 +89,18 @@ def test_execution_and_match_are_counted_apart(folder):
 
 
 def test_a_query_that_never_ends_is_invalid(folder):
-    task = load_task("spider", folder)
-    task = SpiderTask(**{**vars(task), "timeout": 0.5})
+    task = dataclasses.replace(load_task("spider", folder), timeout=0.5)
     endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
     scores = task.score([endless, task.test[1].target, "DROP TABLE singer"], task.test)
     assert scores["invalid"] == 2 and scores["execution"] == pytest.approx(100 / 3)
     # and nothing was dropped
     assert task.score(["SELECT 3"], task.test[:1])["execution"] == 100
+
+
+def test_evaluate_of_an_untuned_model_finds_no_query(folder, byte_model, byte_tokenizer):
+    task = dataclasses.replace(load_task("spider", folder), max_new_tokens=6)
+    scores = task.evaluate(byte_model, byte_tokenizer, task.test)
+    assert scores.pop("invalid") == 3 and set(scores.values()) == {0.0}
 
 
 def test_a_database_on_which_the_right_query_fails_is_an_error(folder):
