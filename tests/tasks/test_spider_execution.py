@@ -1,8 +1,14 @@
+import json
+import signal
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 
-from ssmtune.tasks.spider.execution import FailedQuery, QueryRunner, same_result
+from ssmtune.tasks.spider.execution import CHILD, FailedQuery, QueryRunner, same_result
+
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +84,34 @@ def test_run_says_why_there_are_no_rows(sql, said, runner, database):
 
 
 def test_run_kills_what_takes_too_long_and_goes_on(database):
-    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
     with QueryRunner(timeout=5.0) as runner:
         runner.run(database, "SELECT 1")
         runner.timeout, first = 0.3, runner.process
         with pytest.raises(FailedQuery, match=r"no result within 0\.3 s"):
-            runner.run(database, endless)
+            runner.run(database, ENDLESS)
         assert first.poll() is not None
         runner.timeout = 20.0
         assert runner.run(database, "SELECT 1") == [(1,)]
         second = runner.process
     assert second.poll() is not None
+
+
+def test_run_goes_on_when_the_process_was_killed(database):
+    with QueryRunner() as runner:
+        runner.run(database, "SELECT 1")
+        runner.process.kill()
+        runner.process.wait()
+        with pytest.raises(FailedQuery, match="process that ran it ended"):
+            runner.run(database, "SELECT 1")
+        assert runner.run(database, "SELECT 1") == [(1,)]
+
+
+def test_the_process_ends_by_itself_without_a_parent_to_kill_it(database):
+    request = json.dumps({"database": str(database), "sql": ENDLESS, "seconds": 0})
+    ended = subprocess.run(
+        [sys.executable, "-I", "-S", str(CHILD), "10", "1000", str(2**30)], input=request, text=True, timeout=300
+    )
+    assert ended.returncode == -signal.SIGXCPU
 
 
 def test_run_limits_memory(database):

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
+from ssmtune.tasks.spider.grammar import Column, Condition, Conditions, Query, Term, UnreadableQuery, parse
 from ssmtune.tasks.spider.match import LEVELS, exact_match, hardness
-from ssmtune.tasks.spider.parse import Column, Condition, Conditions, Query, Term, UnreadableQuery, parse
 from ssmtune.tasks.spider.schema import Schema, read_schemas
 
 SCHEMA = Schema(

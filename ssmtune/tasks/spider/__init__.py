@@ -15,8 +15,8 @@ from ssmtune.data import Example, hold_out
 from ssmtune.tasks.generation import GenerationTask
 from ssmtune.tasks.sources import Release, broken, read_json_list
 from ssmtune.tasks.spider.execution import FailedQuery, QueryRunner, Rows, same_result
+from ssmtune.tasks.spider.grammar import UnreadableQuery, parse
 from ssmtune.tasks.spider.match import exact_match, hardness
-from ssmtune.tasks.spider.parse import UnreadableQuery, parse
 from ssmtune.tasks.spider.schema import Schema, read_schemas
 from ssmtune.tasks.task import with_groups
 

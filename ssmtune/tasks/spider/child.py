@@ -1,9 +1,9 @@
 """Runs SQL that nobody has checked: the program of the child process that `execution` starts.
 
-Each line of standard input is a request, `{"database": path, "sql": text}`; each line of output answers one, with
-`{"rows": [...]}` or `{"error": text}`. The database is opened read-only, SQLite asks an authorizer before everything
-but reading, memory is limited, and the parent kills the process when an answer takes too long. Nothing of ssmtune is
-imported here: the process starts in a few hundredths of a second.
+Each line of standard input is a request, `{"database": path, "sql": text, "seconds": number}`; each line of output
+answers one, with `{"rows": [...]}` or `{"error": text}`. The database is opened read-only, an authorizer denies SQLite
+everything but reading, and memory is limited. The parent kills the process when an answer takes too long; without a
+parent, the limit on its processor time ends it. Nothing of ssmtune is imported: it starts in hundredths of a second.
 """
 
 import json
@@ -52,6 +52,13 @@ def answer(connections, request, max_rows, max_characters):
         return json.dumps({"error": f"{type(error).__name__}: {error}"})
 
 
+def limit_processor_time(seconds):
+    """The system ends this process when it has worked for so many seconds from now on, or one or two more."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 2, most))
+
+
 def main():
     max_rows, max_characters, max_bytes = map(int, sys.argv[1:])
     resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
@@ -60,7 +67,9 @@ def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     connections = {}
     for line in sys.stdin:
-        print(answer(connections, json.loads(line), max_rows, max_characters), flush=True)
+        request = json.loads(line)
+        limit_processor_time(request["seconds"])
+        print(answer(connections, request, max_rows, max_characters), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -57,7 +58,7 @@ class QueryRunner:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
-        request = json.dumps({"database": str(database.absolute()), "sql": sql})
+        request = json.dumps({"database": str(database.absolute()), "sql": sql, "seconds": self.timeout})
         try:
             self.process.stdin.write(request.encode() + b"\n")
             self.process.stdin.flush()
@@ -91,8 +92,9 @@ class QueryRunner:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
             self.process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):  # of a request that was not read
+                self.process.stdin.close()
             self.process = None
 
 

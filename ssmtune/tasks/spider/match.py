@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ssmtune.tasks.spider.parse import Column, Conditions, Query, Term, UnreadableQuery, Value, parse
+from ssmtune.tasks.spider.grammar import Column, Conditions, Query, Term, UnreadableQuery, Value, parse
 from ssmtune.tasks.spider.schema import Schema
 
 LEVELS = ("easy", "medium", "hard", "extra")
