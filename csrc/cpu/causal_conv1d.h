@@ -20,8 +20,16 @@ struct Channels {
     fill_zero(bias, count() * kLanes);
     if (p.bias) copy(bias, p.bias + begin, end - begin);
     for (int64_t i = 0; i < end - begin; ++i) {
-      float* const block = weight + i / kLanes * p.width * kLanes + i % kLanes;
-      for (int64_t k = 0; k < p.width; ++k) block[k * kLanes] = p.weight[(begin + i) * p.width + k];
+      float* const lane = weight + i / kLanes * p.width * kLanes + i % kLanes;
+      for (int64_t k = 0; k < p.width; ++k) lane[k * kLanes] = p.weight[(begin + i) * p.width + k];
+    }
+  }
+  // Writes what has the form of packed weights to a (dim, width) tensor, unless that is null.
+  void unpack(const CausalConv1dParams& p, const float* packed, float* target) const {
+    if (!target) return;
+    for (int64_t i = 0; i < end - begin; ++i) {
+      const float* const lane = packed + i / kLanes * p.width * kLanes + i % kLanes;
+      for (int64_t k = 0; k < p.width; ++k) target[(begin + i) * p.width + k] = lane[k * kLanes];
     }
   }
 

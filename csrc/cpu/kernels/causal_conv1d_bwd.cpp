@@ -135,6 +135,7 @@ void backward_tiles(const CausalConv1dBackward& p, const Workspace& w, const Cha
 template <typename T, int kWidth, bool kSilu, int kSteps>
 void backward_steps(const CausalConv1dBackward& p, const Workspace& w, const TilePosition& at, int64_t blocks) {
   constexpr int kContext = kWidth - 1;
+  constexpr int64_t kAhead = 512 / sizeof(T);  // more rows are read at once than the hardware keeps apart
   const int64_t x_stride = p.x.stride, dout_stride = p.dout.stride, dx_stride = p.dx.stride;
   const T* x = address<const T>(p.x, at) - kContext * x_stride;
   const T* dout = address<const T>(p.dout, at);
@@ -150,6 +151,8 @@ void backward_steps(const CausalConv1dBackward& p, const Workspace& w, const Til
     Vec sum = load(dbias);
     SSMTUNE_UNROLL
     for (int t = 0; t < kSteps; ++t) {
+      __builtin_prefetch(x + t * x_stride + kAhead);
+      __builtin_prefetch(dout + t * dout_stride + kAhead);
       gradient[t] = load(dout + t * dout_stride);
       if constexpr (kSilu) {
         Vec y = load(bias);
@@ -187,7 +190,7 @@ void backward_steps(const CausalConv1dBackward& p, const Workspace& w, const Til
 // The steps before at.time, down to `begin`.
 template <typename T, int kWidth, bool kSilu>
 void backward_rows(const CausalConv1dBackward& p, const Workspace& w, TilePosition at, int64_t blocks, int64_t begin) {
-  constexpr int kSteps = 4;
+  constexpr int kSteps = 8;
   while (at.time - begin >= kSteps) {
     at.time -= kSteps;
     backward_steps<T, kWidth, kSilu, kSteps>(p, w, at, blocks);
@@ -263,16 +266,8 @@ void run(const CausalConv1dBackward& p, int64_t task, float* scratch) {
     }
   });
   const int64_t group = p.partition.group(task);
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t channel = channels.channel(i), lanes = channels.lanes(i);
-    if (p.dweight.data) {
-      float* const target = p.dweight.data + group * p.dweight.group_stride;
-      write_matrix(target, p.width, channel, lanes, w.dweight + i * p.width * kLanes);
-    }
-    if (p.dbias.data) {
-      store_first(p.dbias.data + group * p.dbias.group_stride + channel, load(w.dbias + i * kLanes), lanes);
-    }
-  }
+  channels.unpack(p, w.dweight, p.dweight.data ? p.dweight.data + group * p.dweight.group_stride : nullptr);
+  if (p.dbias.data) copy(p.dbias.data + group * p.dbias.group_stride + channels.begin, w.dbias, channels.end - channels.begin);
 }
 
 int64_t scratch_floats(const CausalConv1dBackward& p) {
