@@ -231,6 +231,8 @@ class Times:
 def interleave(verified: Sequence[Verified], seconds: float, least: int = 3, most: int = 40) -> list[Times]:
     """Time cases in turns, so that a busy moment of the machine falls on all of them.
 
+    Every other round goes backwards: none always follows the one that leaves the caches worst.
+
     Each case gets about `seconds`: a slow one runs `least` times, a fast one up to `most`, spread evenly over the
     rounds. Verifying was the warm-up of a case that takes seconds; the others run once more, which does not count.
 
@@ -252,7 +254,8 @@ def interleave(verified: Sequence[Verified], seconds: float, least: int = 3, mos
     rounds = max(counts)
     times = [Times(entry.case.stages) for entry in verified]
     for turn in range(rounds):
-        for entry, count, result in zip(verified, counts, times, strict=True):
+        cases = list(zip(verified, counts, times, strict=True))
+        for entry, count, result in cases if turn % 2 == 0 else reversed(cases):
             if (turn + 1) * count // rounds > turn * count // rounds:
                 result.runs.append(entry.case.time())
     return times

@@ -128,7 +128,25 @@ def test_interleave_spreads_a_slow_case_over_the_runs_of_a_fast_one():
     cases = [Verified(Recorded("fast", 0.1), {}, 0.5), Verified(Recorded("slow", 10.0), {}, 12.0)]
     fast, slow = interleave(cases, seconds=0.95, least=3)
     assert (len(fast.runs), len(slow.runs)) == (9, 3)
-    assert order == ["fast"] + ["fast", "fast", "fast", "slow"] * 3  # the first warms up and estimates
+    # the first warms up and estimates; every other round goes backwards
+    assert "".join(label[0] for label in order) == "f" + "fffs" + "ffsf" + "fffs"
+
+
+def test_interleave_turns_every_other_round_around():
+    order = []
+
+    class Recorded:
+        stages = ("fwd",)
+
+        def __init__(self, label):
+            self.label = label
+
+        def time(self):
+            order.append(self.label)
+            return [Lap(0.1, 0.1)]
+
+    interleave([Verified(Recorded(label), {}, 100.0) for label in "abc"], seconds=0.0, least=4)
+    assert "".join(order) == "abccbaabccba"
 
 
 def hold_megabytes(held: int, worked: int):
