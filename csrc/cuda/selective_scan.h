@@ -10,6 +10,8 @@ namespace ssmtune::cuda {
 
 // The forward scan keeps one state every kChunk steps of a row; the backward scan recomputes the steps between.
 inline constexpr int64_t kChunk = 32;
+// Threads of a block, forward and backward.
+inline constexpr int kScanThreads = 128, kScanBackwardThreads = 256;
 
 struct SelectiveScanParams {
   int64_t batch, dim, seqlen, dstate;
@@ -68,8 +70,8 @@ struct ScanLayout {
   int64_t blocks() const { return channel_blocks * row_groups * segments; }
 };
 
-ScanLayout layout(const SelectiveScanForward& p);
-ScanLayout layout(const SelectiveScanBackward& p);
+ScanLayout scan_layout(const SelectiveScanForward& p);
+ScanLayout scan_layout(const SelectiveScanBackward& p);
 
 // How much memory a call needs besides its tensors.
 int64_t workspace_floats(const SelectiveScanForward& p);

@@ -1,6 +1,7 @@
 // What the kernels use of CUDA, on top of emulator.h; found in the place of CUDA's own header.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -92,6 +93,8 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
