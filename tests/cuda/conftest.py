@@ -113,7 +113,7 @@ def backend(emulated_scan_library, monkeypatch) -> str:
     emulated_scan.load(emulated_scan_library)
     cpu = backends.BACKENDS["cpu"]
     emulated = backends.Backend(
-        "cuda-emulated", "emulated CUDA", "emulated_scan", ("selective_scan",), lambda: None, cpu.accepts
+        "cuda-emulated", "emulated CUDA", "emulated_scan", ("selective_scan",), lambda op: None, cpu.accepts
     )
     monkeypatch.setitem(backends.BACKENDS, emulated.name, emulated)
     return emulated.name
