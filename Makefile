@@ -39,10 +39,11 @@ bench: $(INSTALLED)
 cuda-check: $(INSTALLED)
 	$(PY) -m pytest -q -m "slow or not slow" tests/triton/test_ahead_of_time.py
 
-# on a machine with a GPU
+# on a machine with a GPU, 9 minutes: tests, kernels, decoding, training steps; logs and rows in $(GPU_OUT)
+# MAMBA_SSM="mamba-ssm==2.3.2.post1", or an sdist of it, is built first and measured beside
+GPU_OUT ?= runs/gpu-check
 gpu-check: $(INSTALLED)
-	$(PY) -m pytest -q -m gpu
-	$(PY) -m benchmarks.gpu_kernels
+	$(PY) -m benchmarks.gpu_check --out $(GPU_OUT) $(if $(MAMBA_SSM),--mamba-ssm "$(MAMBA_SSM)")
 
 # the C++ kernels under the sanitizers of GCC
 sanitize: $(INSTALLED)

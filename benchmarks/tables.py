@@ -186,8 +186,8 @@ def section(path: Path) -> str:
 
 def _module(op: str, rows: Sequence[Row]) -> str:
     """Which benchmark measures an operator."""
-    if op in (SCAN, CONV) and rows[0].threads == 0:
-        return "gpu_kernels"
+    if rows[0].threads == 0 and op in (SCAN, CONV, STEP):
+        return "gpu_training" if op == STEP else "gpu_kernels"
     return "decoding" if op == UPDATE else op
 
 
