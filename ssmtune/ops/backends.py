@@ -137,7 +137,7 @@ BACKENDS = {
             "triton",
             "Triton",
             "ssmtune.ops.triton",
-            ("selective_state_update", "causal_conv1d", "causal_conv1d_update"),
+            OPERATORS,
             _triton_available,
             _triton_accepts,
         ),

@@ -6,8 +6,53 @@ The kernels are imported by the functions that launch them, for triton takes a s
 import torch
 from torch import Tensor
 
-from ssmtune.ops.kernel_inputs import conv_inputs, parameter, sequence, update_in_float32
+from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
 from ssmtune.ops.packing import sequence_bounds
+
+
+def chunk_states_shape(
+    batch: int, dim: int, seqlen: int, dstate: int, groups: int, n_sequences: int | None
+) -> tuple[int, ...]:
+    """Return the shape of the buffer in which the forward scan keeps the state between chunks for the backward scan."""
+    from ssmtune.triton_kernels.selective_scan import CHUNK_SIZE
+
+    # n steps have (n - 1) // CHUNK_SIZE states between chunks, and several sequences together at most this many
+    n_chunks = (seqlen - (1 if n_sequences is None else n_sequences)) // CHUNK_SIZE
+    return batch, n_chunks, dim, dstate
+
+
+def selective_scan_forward(
+    inputs: tuple[Tensor | None, ...],
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    out: Tensor,
+    last_state: Tensor,
+    chunk_states: Tensor | None,
+) -> None:
+    """Run the scan."""
+    from ssmtune.triton_kernels.selective_scan import selective_scan_fwd
+
+    cu_seqlens = _cu_seqlens("selective_scan", cu_seqlens, out)
+    selective_scan_fwd(*scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states)
+
+
+def selective_scan_backward(
+    dout: Tensor | None,
+    dlast_state: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    delta_softplus: bool,
+    gradients: list[Tensor | None],
+) -> None:
+    """Run the scan backward."""
+    from ssmtune.triton_kernels.selective_scan import selective_scan_bwd
+
+    tensors = scan_inputs(*inputs)
+    u = tensors[0]
+    gradients_in = sequence(dout, u.dtype), parameter(dlast_state)
+    cu_seqlens = _cu_seqlens("selective_scan", cu_seqlens, u)
+    selective_scan_bwd(*gradients_in, *tensors, cu_seqlens, chunk_states, delta_softplus, gradients)
 
 
 def selective_state_update(*args) -> Tensor:

@@ -22,13 +22,19 @@ def backend(request, monkeypatch) -> str:
         request.getfixturevalue("native_kernels")
     elif request.param == "triton":
         request.getfixturevalue("triton_interpreter")
-        if "causal_conv1d" not in request.node.nodeid:
-            pytest.skip("no Triton kernel of the scan")
+        # so that few steps cross the bounds of chunks
+        monkeypatch.setattr("ssmtune.triton_kernels.selective_scan.CHUNK_SIZE", 4)
     elif request.param == "cuda-emulated":
         if not any(operator in request.node.nodeid for operator in ("causal_conv1d", "selective_state_update")):
             pytest.skip("no CUDA kernel of the scan")
         monkeypatch.setitem(backends.BACKENDS, request.param, emulated_cuda.backend())
     return request.param
+
+
+@pytest.fixture
+def sizes(backend) -> tuple[int, int, int, int]:
+    """batch, dim, seqlen, dstate of a scan over three chunks: few steps where an interpreter takes its time."""
+    return (2, 5, 9, 4) if backend == "triton" else (2, 20, 70, 8)
 
 
 @pytest.fixture

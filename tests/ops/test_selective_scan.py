@@ -13,6 +13,9 @@ from ssmtune.ops.reference import selective_scan_reference
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state", "state_offset", "output_offset")
 LAYOUTS = ("first", "last", "last", "first-strided", "last-strided", "odd")
+SEQLENS = (1, 1, 2, 3, 7, 17, 31, 63, 64, 65, 100, 129)
+# for an interpreter, whose chunks are of 4 steps
+FEW_STEPS = (1, 1, 2, 3, 4, 5, 8, 9)
 # the gradient of the initial state is a product of all decays, each rounded to float32 by up to 2**-24
 ERROR_PER_STEP = {"dinitial_state": 2**-25}
 
@@ -39,17 +42,17 @@ class Case:
         return "-".join([f"{self.seed}", sizes, *flags, self.loss, str(self.dtype).removeprefix("torch.")])
 
 
-def random_case(seed: int) -> Case:
+def random_case(seed: int, seqlens: tuple[int, ...] = SEQLENS) -> Case:
     chance = random.Random(seed)
     # not a single channel: a gradient of one number may cancel to almost nothing, and is then no scale for its error
     batch, dim = chance.choice((1, 1, 2, 3)), chance.choice((3, 5, 8, 15, 16, 17, 20, 33, 48))
-    seqlen, dstate = chance.choice((1, 2, 7, 31, 63, 64, 65, 100, 129)), chance.randint(1, 40)
+    seqlen, dstate = chance.choice(seqlens), chance.randint(1, 40)
     dstate = chance.choice((8, 16, dstate, dstate))
     if chance.random() < 0.1:
         dim, dstate = min(dim, 17), chance.choice((64, 65, 100, 128, 128, 255, 256))
     lengths = None
     if chance.random() < 0.3:
-        lengths = tuple(chance.choice((1, 1, 2, 3, 17, 63, 64, 65, 130)) for _ in range(chance.randint(1, 5)))
+        lengths = tuple(chance.choice(seqlens) for _ in range(chance.randint(1, 5)))
         batch, seqlen = 1, sum(lengths)
     groups = chance.choice([n for n in range(1, dim + 1) if dim % n == 0]) if chance.random() < 0.3 else None
     optional = tuple(name for name in OPTIONAL if chance.random() < 0.6)
@@ -68,6 +71,8 @@ def random_case(seed: int) -> Case:
 
 
 CASES = [random_case(seed) for seed in range(300)]
+SHORT_CASES = [random_case(seed, FEW_STEPS) for seed in range(1000, 1060)]
+CASES_OF_BACKENDS = {"reference": CASES, "cpu": CASES, "triton": SHORT_CASES}
 
 
 def run(scan, inputs, case, dtype=None, **kwargs):
@@ -109,7 +114,12 @@ def expected_results(case, inputs):
     return _expected[case.seed]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [(backend, case) for backend, cases in CASES_OF_BACKENDS.items() for case in cases],
+    indirect=["backend"],
+    ids=str,
+)
 def test_selective_scan(case, backend, scan_inputs, poison_empty):
     inputs = scan_inputs(
         *case.sizes,

@@ -8,7 +8,6 @@ from ssmtune.ops import backends, selective_scan
 from ssmtune.ops.layout import dense_axis
 from ssmtune.ops.selective_scan_op import INPUTS
 
-SIZES = (2, 20, 70, 8)
 SEQUENCES = ("u", "delta", "B", "C", "z")
 
 
@@ -41,8 +40,8 @@ def run(inputs, backend, **kwargs):
     [("u",), ("A", "D"), ("B", "C"), ("initial_state",), ("z", "state_offset"), ("delta", "output_offset"), INPUTS],
     ids="-".join,
 )
-def test_only_asked_gradients_are_computed(scan_inputs, backend, spied, trained):
-    inputs = scan_inputs(*SIZES)
+def test_only_asked_gradients_are_computed(scan_inputs, backend, spied, trained, sizes):
+    inputs = scan_inputs(*sizes)
     for name in trained:
         inputs[name].requires_grad_()
     out, last_state = run(inputs, backend)
@@ -56,8 +55,8 @@ def test_only_asked_gradients_are_computed(scan_inputs, backend, spied, trained)
 
 
 @pytest.mark.parametrize("trained", [("state_offset",), ("output_offset",), ("state_offset", "D")], ids="-".join)
-def test_offsets_alone_skip_the_backward_scan(scan_inputs, backend, spied, trained):
-    inputs = scan_inputs(*SIZES)
+def test_offsets_alone_skip_the_backward_scan(scan_inputs, backend, spied, trained, sizes):
+    inputs = scan_inputs(*sizes)
     expected = {name: x.clone() for name, x in inputs.items()}
     for name in trained:
         inputs[name].requires_grad_()
@@ -78,8 +77,8 @@ def test_offsets_alone_skip_the_backward_scan(scan_inputs, backend, spied, train
         assert_close(f"d{name}", expected[name].grad, inputs[name].grad, 2e-6)
 
 
-def test_no_gradient_through_out_gives_zero_or_none(scan_inputs, backend):
-    inputs = scan_inputs(*SIZES)
+def test_no_gradient_through_out_gives_zero_or_none(scan_inputs, backend, sizes):
+    inputs = scan_inputs(*sizes)
     inputs["state_offset"].requires_grad_()
     _, last_state = run(inputs, backend)
     # the state does not depend on the offset
@@ -87,8 +86,8 @@ def test_no_gradient_through_out_gives_zero_or_none(scan_inputs, backend):
     assert gradient is None or not gradient.any()
 
 
-def test_nothing_is_kept_without_gradients(scan_inputs, backend, spied):
-    inputs = scan_inputs(*SIZES)
+def test_nothing_is_kept_without_gradients(scan_inputs, backend, spied, sizes):
+    inputs = scan_inputs(*sizes)
     run(inputs, backend)
     for x in inputs.values():
         x.requires_grad_()
@@ -139,7 +138,7 @@ def test_nothing_of_the_size_of_all_states_is_allocated(scan_inputs, native_kern
 
 @pytest.mark.parametrize("layout", ["first", "last", "first-strided", "last-strided"])
 def test_layout_is_kept_and_nothing_copied(scan_inputs, native_kernels, monkeypatch, layout):
-    inputs = scan_inputs(*SIZES, layouts=dict.fromkeys(SEQUENCES, layout))
+    inputs = scan_inputs(2, 20, 70, 8, layouts=dict.fromkeys(SEQUENCES, layout))
     seen = {}
     kernel = torch.ops.ssmtune_native.selective_scan_fwd
 
@@ -172,17 +171,17 @@ def test_odd_strides(scan_inputs, backend, sizes):
         assert torch.equal(a, b)
 
 
-def test_rows_that_share_memory(scan_inputs, backend):
-    inputs = scan_inputs(*SIZES)
+def test_rows_that_share_memory(scan_inputs, backend, sizes):
+    inputs = scan_inputs(*sizes)
     inputs["z"] = inputs["z"][:1].expand(2, -1, -1)
     expected = run(inputs | {"z": inputs["z"].clone()}, backend)
     for name, a, b in zip(("out", "last_state"), expected, run(inputs, backend), strict=True):
         assert_close(name, a, b, 1e-6)
 
 
-def test_gradient_that_is_expanded(scan_inputs, backend):
+def test_gradient_that_is_expanded(scan_inputs, backend, sizes):
     # sum() hands on a gradient whose strides are all 0
-    inputs = {name: x.requires_grad_() for name, x in scan_inputs(*SIZES).items()}
+    inputs = {name: x.requires_grad_() for name, x in scan_inputs(*sizes).items()}
     a = torch.autograd.grad(run(inputs, backend)[0].sum(), list(inputs.values()))
     out = run(inputs, backend)[0]
     b = torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
@@ -211,9 +210,9 @@ def test_threads_do_not_change_a_bit(scan_inputs, native_kernels, trained, dtype
         assert torch.equal(a, b) and torch.equal(a, c), name
 
 
-def test_casts(scan_inputs, backend):
+def test_casts(scan_inputs, backend, sizes):
     # activations take the dtype of u, parameters and states are float32, and gradients come back in their own dtype
-    inputs = scan_inputs(*SIZES)
+    inputs = scan_inputs(*sizes)
     exact = run(inputs, backend)[0]
     inputs["u"] = inputs["u"].bfloat16()
     inputs["D"], inputs["state_offset"] = inputs["D"].bfloat16(), inputs["state_offset"].double()
@@ -227,9 +226,9 @@ def test_casts(scan_inputs, backend):
         assert x.grad.dtype == x.dtype, name
 
 
-def test_autocast(scan_inputs, backend):
-    inputs = scan_inputs(*SIZES)
-    weight = torch.randn(20, 20, requires_grad=True)
+def test_autocast(scan_inputs, backend, sizes):
+    inputs = scan_inputs(*sizes)
+    weight = torch.randn(sizes[1], sizes[1], requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         # a projection in bfloat16 beside a step in float32
         inputs["u"] = (inputs["u"].transpose(1, 2) @ weight).transpose(1, 2)
@@ -239,10 +238,10 @@ def test_autocast(scan_inputs, backend):
     assert weight.grad.isfinite().all() and weight.grad.any()
 
 
-def test_gradient_checkpointing(scan_inputs, backend):
+def test_gradient_checkpointing(scan_inputs, backend, sizes):
     from torch.utils.checkpoint import checkpoint
 
-    inputs = {name: x.requires_grad_() for name, x in scan_inputs(*SIZES).items()}
+    inputs = {name: x.requires_grad_() for name, x in scan_inputs(*sizes).items()}
     plain = torch.autograd.grad(run(inputs, backend)[0].square().sum(), list(inputs.values()))
     out = checkpoint(lambda: run(inputs, backend)[0], use_reentrant=False)
     again = torch.autograd.grad(out.square().sum(), list(inputs.values()))
