@@ -12,6 +12,9 @@ from typing import Any
 
 from ssmtune.config import ConfigError
 
+EMPTY = "There is nothing to learn from or to measure on"
+ENCODING = "All tasks are released in UTF-8"
+
 
 @dataclass(frozen=True)
 class Release:
@@ -86,10 +89,9 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8.
     """
     try:
-        # not universal newlines: a carriage return may be part of a text
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise broken(f"{path} is not text in UTF-8 (byte {error.start})", "All tasks are released in UTF-8") from None
+        raise broken(f"{path} is not text in UTF-8 (byte {error.start})", ENCODING) from None
 
 
 def read_tsv(
@@ -106,23 +108,38 @@ def read_tsv(
         ("PATH: line N", column -> text)
 
     Raises:
-        ValueError: a column is missing, or a row has too few or too many fields; names the line.
+        ValueError: a column is missing, a row has too few or too many fields, or there is none; names the line.
     """
-    lines = read_text(path).rstrip("\n").split("\n")
-    first = 1
-    if header is None:
-        header, first = lines[0].rstrip("\r").split("\t"), 2
-        if missing := [column for column in columns if column not in header]:
-            raise broken(f"{path}: line 1 has no column {missing[0]!r}", f"Its columns: {', '.join(header)}")
-    for number, line in enumerate(lines[first - 1 :], start=first):
-        fields = line.rstrip("\r").split("\t")
-        if len(fields) == len(header):
+    rows = 0
+    for number, line in _lines(path):
+        fields = line.split("\t")
+        if header is None:
+            header = fields
+            if missing := [column for column in columns if column not in header]:
+                raise broken(f"{path}: line 1 has no column {missing[0]!r}", f"Its columns: {', '.join(header)}")
+        elif len(fields) == len(header):
+            rows += 1
             yield f"{path}: line {number}", dict(zip(header, fields, strict=True))
         elif not skip_broken:
             raise broken(
                 f"{path}: line {number} has {len(fields)} fields, expected {len(header)}",
                 f"The columns are {', '.join(header)}, with a tab between and no quotes",
             )
+    if not rows:
+        raise broken(f"{path} has no rows", EMPTY)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines that are not empty; large files are never in memory as a whole."""
+    with path.open("rb") as file:
+        # only a line feed ends a line: other separators are part of a text
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise broken(f"{path}: line {number} is not text in UTF-8", ENCODING) from None
+            if text:
+                yield number, text
 
 
 def read_json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,7 +149,7 @@ def read_json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ("entry N", object), counted from 1
 
     Raises:
-        ValueError: the file is not JSON, naming the line, or not a list of objects.
+        ValueError: the file is not JSON, naming the line, or not a list of objects, or an empty one.
     """
     try:
         entries = json.loads(read_text(path))
@@ -145,6 +162,8 @@ def read_json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise broken(
             f"{path} is of type {type(entries).__name__}, expected a list of objects", "It may be another file"
         )
+    if not entries:
+        raise broken(f"{path} has no entries", EMPTY)
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
             raise broken(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from ssmtune.data import Example
-from ssmtune.tasks.sources import broken, read_text
+from ssmtune.tasks.sources import EMPTY, broken, read_text
 
 Triple = tuple[str, str, str]
 
@@ -25,7 +25,7 @@ def read_xml(path: Path) -> Iterator[Entry]:
     """The entries of a file in WebNLG's format: modifiedtripleset and lex.
 
     Raises:
-        ValueError: the file is not XML, naming the line, or an entry has no triples, naming it.
+        ValueError: the file is not XML, naming the line; there are no entries, or one has no triples, naming it.
     """
     try:
         root = ElementTree.fromstring(read_text(path))
@@ -35,6 +35,8 @@ def read_xml(path: Path) -> Iterator[Entry]:
             f"{path}: line {line} is not valid XML ({error.msg.split(':')[0]} at column {column})",
             "The file may have been cut short while it was copied",
         ) from None
+    if root.find(".//entry") is None:
+        raise broken(f"{path} has no entries", EMPTY)
     for number, entry in enumerate(root.iter("entry"), start=1):
         where = f"{path}: entry {number} ({entry.get('category')} {entry.get('eid')})"
         triples = [(node.text or "").split(" | ") for node in entry.iterfind("modifiedtripleset/mtriple")]

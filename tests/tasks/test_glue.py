@@ -42,7 +42,7 @@ def write(folder, name, rows=None):
     folder.mkdir(parents=True)
     lines = [header] * (header is not None) + (known if rows is None else rows)
     for file in ("train.tsv", *(file for file, _, _ in GLUE[name].tests)):
-        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / file).write_bytes(("\n".join(lines) + "\n").encode())
     return folder
 
 
@@ -109,6 +109,22 @@ def test_a_broken_row_is_named_with_its_line(name, rows, said, tmp_path):
     (folder / file).write_text("\n".join([*header, *rows]) + "\n")
     with pytest.raises(ValueError, match=f"(?s){said}.*\n  Get the file again"):
         load_task(name, tmp_path)
+
+
+def test_a_file_without_rows_is_named(tmp_path):
+    file = write(tmp_path, "rte") / "train.tsv"
+    for text in ("", FILES["rte"][0], FILES["rte"][0] + "\n\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"(?s)train\.tsv has no rows.*nothing to learn from"):
+            load_task("rte", tmp_path)
+
+
+def test_other_separators_of_lines_are_part_of_a_text(tmp_path):
+    folder = write(tmp_path, "rte", ["0\tIt\u2028ra\x85ins.\tIt is\rwet.\tentailment\r", "", *FILES["rte"][1]])
+    assert [example.target for example in load_task("rte", tmp_path).test] == [" yes", " yes", " no"]
+    (folder / "dev.tsv").write_bytes(f"{PAIR_HEADER}\n0\tcaf".encode() + b"\xe9\tx\tentailment\n")
+    with pytest.raises(ValueError, match=r"(?s)dev\.tsv: line 2 is not text in UTF-8.*released in UTF-8"):
+        load_task("rte", tmp_path)
 
 
 def test_a_missing_column_is_named_with_those_there(tmp_path):

@@ -120,6 +120,7 @@ def test_what_cannot_be_read_matches_nothing(sql):
         ("easy", "SELECT name FROM singer WHERE age > 5"),
         ("easy", f"SELECT T1.name FROM {JOIN}"),
         ("medium", "SELECT name, age FROM singer"),
+        ("medium", f"SELECT T1.name FROM {JOIN} WHERE T1.age > 3"),
         ("medium", "SELECT name FROM singer ORDER BY age LIMIT 1"),
         ("medium", "SELECT name FROM singer WHERE age > 5 AND age < 9"),
         ("medium", "SELECT name, age FROM singer WHERE age > 5 AND age < 9"),

@@ -107,6 +107,7 @@ def test_dart_reads_json_and_xml(dart):
             "</m",
             r"entry 1 \(Food Id1\) has a triple of 2 parts.*a subject, a relation and an object",
         ),
+        ("entry ", "entity ", "line 16 is not valid XML"),
         ("mtriple>", "triple>", r"entry 1 \(Food Id1\) has no triples"),
     ],
 )
@@ -124,6 +125,7 @@ def test_broken_xml_is_named_with_its_place(webnlg, old, new, said):
         ('{"tripleset": []}', "is of type dict, expected a list"),
         ('[{"tripleset": [["a", "b", "c"]]}]', r"entry 1 is no entry of DART \(KeyError: 'annotations'\)"),
         ('[{"tripleset": [["a", "b"]], "annotations": []}]', "entry 1 has a triple of 2 parts"),
+        ("[]", "has no entries"),
         ("[7]", "entry 1 is of type int, expected an object"),
     ],
 )
@@ -132,6 +134,12 @@ def test_broken_json_is_named_with_its_place(dart, text, said):
     file.write_text(text)
     with pytest.raises(ValueError, match=rf"(?s)full-dev\.json: {said}|full-dev\.json {said}"):
         load_task("dart", dart)
+
+
+def test_xml_without_entries_is_named(webnlg):
+    (webnlg / "test" / "testdata_with_lex.xml").write_text("<benchmark><entries/></benchmark>")
+    with pytest.raises(ValueError, match=r"testdata_with_lex\.xml has no entries"):
+        load_task("webnlg", webnlg)
 
 
 def test_a_folder_without_xml_is_named(webnlg):
