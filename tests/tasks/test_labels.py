@@ -40,6 +40,8 @@ def test_a_number_off_the_scale_is_invalid_and_as_wrong_as_can_be():
         farthest = task.score(["0.25", "2.0", "0", "5"], examples)
         assert scores == farthest | {"invalid": 1.0}
         assert scores["pearson"] < 90
+        scores = task.score([text, "2.0", "4.75", "5"], examples)
+        assert scores == task.score(["5", "2.0", "4.75", "5"], examples) | {"invalid": 1.0}
 
 
 def test_evaluate_reads_one_line_that_the_model_writes(byte_model, byte_tokenizer, monkeypatch):
