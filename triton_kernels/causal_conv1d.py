@@ -240,8 +240,7 @@ def causal_conv1d_fwd(
     """
     _, dim, seqlen = x.shape
     # 16 bytes for each thread
-    block_t, block_d = _lanes(x, 16 // x.element_size())
-    n_tiles, n_sequences = _tiles(x, cu_seqlens, block_t * STEPS)
+    block_t, block_d, n_tiles, n_sequences = _tiles(x, cu_seqlens, 16 // x.element_size())
     with torch.cuda.device_of(x):
         causal_conv1d_fwd_kernel[(n_tiles * triton.cdiv(dim, block_d),)](
             x, weight, bias, initial_states, cu_seqlens, out, final_states,
@@ -276,8 +275,7 @@ def causal_conv1d_bwd(
     """
     _, dim, seqlen = x.shape
     # 4 lanes for each thread keep what they need in registers
-    block_t, block_d = _lanes(x, 4)
-    n_tiles, n_sequences = _tiles(x, cu_seqlens, block_t * STEPS)
+    block_t, block_d, n_tiles, n_sequences = _tiles(x, cu_seqlens, 4)
     n_blocks = triton.cdiv(dim, block_d)
     # the more tiles a program sums up, the fewer sums are left
     tiles_per_program = min(max(n_tiles * n_blocks // PROGRAMS, 1), 16)
@@ -299,21 +297,18 @@ def causal_conv1d_bwd(
             torch.sum(sums, dim=0, out=tensor)
 
 
-def _lanes(x: Tensor, lanes_per_thread: int) -> tuple[int, int]:
-    """The lanes of a tile along time and along the channels; its four warps share them."""
-    _, dim, seqlen = x.shape
+def _tiles(x: Tensor, cu_seqlens: Tensor | None, lanes_per_thread: int) -> tuple[int, int, int, int]:
+    """The lanes of a tile along time and channels, how many tiles hold all sequences, and the number of those."""
+    batch, dim, seqlen = x.shape
+    n_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if x.stride(1) == 1:
         block_d = min(triton.next_power_of_2(dim), 32 * lanes_per_thread)
-        return 128 * lanes_per_thread // block_d, block_d
-    # lanes side by side in time find their steps in the same cache lines
-    block_t = min(triton.next_power_of_2(triton.cdiv(seqlen, STEPS)), 128)
-    return block_t, 512 // block_t
-
-
-def _tiles(x: Tensor, cu_seqlens: Tensor | None, steps: int) -> tuple[int, int]:
-    """How many tiles hold all sequences, whatever their lengths, and how many sequences there are."""
-    batch, _, seqlen = x.shape
-    if cu_seqlens is None:
-        return batch * triton.cdiv(seqlen, steps), batch
-    n_sequences = cu_seqlens.shape[0] - 1
-    return seqlen // steps + n_sequences, n_sequences
+        block_t = 128 * lanes_per_thread // block_d
+    else:
+        # lanes side by side in time find their steps in the same cache lines
+        lanes = triton.cdiv(seqlen * batch, n_sequences * STEPS)
+        block_t = min(triton.next_power_of_2(lanes), 128)
+        block_d = 512 // block_t
+    tile = block_t * STEPS
+    n_tiles = batch * triton.cdiv(seqlen, tile) if cu_seqlens is None else seqlen // tile + n_sequences
+    return block_t, block_d, n_tiles, n_sequences

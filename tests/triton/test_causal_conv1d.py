@@ -70,6 +70,24 @@ def test_programs_of_many_tiles(layout, lengths, interpreter, monkeypatch, asser
         assert_close(name, expected[name], value, 1e-6 if name in ("weight", "bias") else 0)
 
 
+@pytest.mark.parametrize(
+    "dim, seqlen, layout",
+    [
+        (130, 32, "last"),
+        (130, 33, "last"),
+        (130, 34, "last"),
+        (130, 67, "last"),
+        (1, 1025, "first"),
+        (1, 1026, "first"),
+    ],
+)
+def test_states_of_two_tiles(dim, seqlen, layout, interpreter, poison_empty, assert_close):
+    inputs = make(1, dim, seqlen, layout=layout)
+    expected = run(inputs, causal_conv1d_reference, torch.float64)
+    for name, value in on_triton(inputs).items():
+        assert_close(name, expected[name], value, RATIOS[torch.float32])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", RATIOS, ids=str)
 @pytest.mark.parametrize("layout", ["first", "last"])
