@@ -4,7 +4,7 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
-from ssmtune.ops import arguments, backends, causal_conv1d_package, cuda
+from ssmtune.ops import arguments, backends, causal_conv1d_package, cuda, triton
 from ssmtune.ops.causal_conv1d_op import causal_conv1d_fwd
 from ssmtune.ops.packing import check_cu_seqlens
 
@@ -73,7 +73,7 @@ def causal_conv1d(
     arguments.check_shape(op, "initial_states", initial_states, ((rows, "dim", "width - 1"),), sizes, why)
 
     final = bool(return_final_states)
-    refusals, packaged = {}, False
+    refusals, packaged = {"triton": triton.why_not_conv(weight.shape[1])}, False
     if x.is_cuda:
         why_not_packaged = causal_conv1d_package.why_not(x, weight, initial_states, final, cu_seqlens)
         packaged = why_not_packaged is None

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ssmtune.ops import arguments, backends, causal_conv1d_package, cuda
+from ssmtune.ops import arguments, backends, causal_conv1d_package, cuda, triton
 from ssmtune.ops.causal_conv1d import check_activation
 from ssmtune.ops.causal_conv1d_update_op import causal_conv1d_update as update
 from ssmtune.ops.decoding import call_directly, check_overwritten
@@ -67,7 +67,7 @@ def causal_conv1d_update(
     instead = "causal_conv1d on a sequence of length 1\n  with initial_states=conv_state and return_final_states=True"
     check_overwritten(op, "conv_state", tensors, instead)
 
-    refusals = {}
+    refusals = {"triton": triton.why_not_conv(weight.shape[1])}
     if x.is_cuda:
         refusals["cuda"] = cuda.why_not_conv_update(causal_conv1d_package.why_not_update(x, conv_state, weight))
     name = backends.choose(op, x.device, x.dtype, backend, refusals)

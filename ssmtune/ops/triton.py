@@ -9,6 +9,13 @@ from torch import Tensor
 from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
 from ssmtune.ops.packing import sequence_bounds
 
+WIDEST_FILTER = 8
+
+
+def why_not_conv(width: int) -> str | None:
+    """Give None when the kernels take filters of this width, or the reason they do not: each step is unrolled."""
+    return None if width <= WIDEST_FILTER else f"the Triton kernels take widths up to {WIDEST_FILTER}, got {width}"
+
 
 def chunk_states_shape(
     batch: int, dim: int, seqlen: int, dstate: int, groups: int, n_sequences: int | None

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ssmtune.ops import causal_conv1d
+from ssmtune.ops import causal_conv1d, causal_conv1d_update
 from ssmtune.ops.reference import causal_conv1d_reference
 
 pytest.importorskip("triton")
@@ -86,6 +86,13 @@ def test_states_of_two_tiles(dim, seqlen, layout, interpreter, poison_empty, ass
     expected = run(inputs, causal_conv1d_reference, torch.float64)
     for name, value in on_triton(inputs).items():
         assert_close(name, expected[name], value, RATIOS[torch.float32])
+
+
+def test_wide_filters_are_refused(interpreter):
+    with pytest.raises(RuntimeError, match="'triton' was requested but cannot run: .* widths up to 8, got 9"):
+        causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 9), backend="triton")
+    with pytest.raises(RuntimeError, match="widths up to 8, got 9"):
+        causal_conv1d_update(torch.ones(1, 2), torch.ones(1, 2, 8), torch.ones(2, 9), backend="triton")
 
 
 @pytest.mark.gpu
