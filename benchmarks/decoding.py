@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ssmtune
-from benchmarks.stored import store
+from benchmarks.stored import default_file, store
 from ssmtune.measure import results
 from ssmtune.measure.bounds import measure
 from ssmtune.measure.call_cases import CallCase
@@ -118,7 +118,11 @@ def run(
     threads = min(2, torch.get_num_threads())
     torch.set_num_threads(threads)
     print(environment)
-    session = Session(environment, device, 0.3 if quick else 2.0, (threads,), limits=measure(device))
+    # on a GPU, whose check is stopped after its minutes, what is measured is kept as it comes
+    path = csv or (None if quick else default_file(environment.device))
+    as_it_comes = path if device == "cuda" else None
+    seconds = 0.3 if quick else 2.0
+    session = Session(environment, device, seconds, (threads,), as_it_comes, limits=measure(device))
     shapes = (QUICK,) if quick else STEPS[device]
     for group in steps(shapes, backends or available("selective_state_update", device), device):
         session.measure(group)
@@ -129,7 +133,8 @@ def run(
         print(f"error: {wrong}", file=sys.stderr)
         return 1
     finally:
-        store(environment, session.rows, quick, csv)
+        if as_it_comes is None:
+            store(environment, session.rows, quick, csv)
     return 1 if session.wrong else 0
 
 

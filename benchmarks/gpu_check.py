@@ -48,9 +48,9 @@ def parts(device: str, csv: Path) -> list[Part]:
     if device == "cpu":
         return [
             Part("tests", (*python, "pytest", "-q", "tests/benchmarks/test_bounds.py"), 120),
-            Part("kernels", (*python, "benchmarks.gpu_kernels", "--quick", *options), 120),
-            Part("decoding", (*python, "benchmarks.decoding", "--quick", *options), 120),
-            Part("training", (*python, "benchmarks.gpu_training", "--quick", *options), 120),
+            Part("kernels", (*python, "benchmarks.gpu_kernels", "--quick", *options), 300),
+            Part("decoding", (*python, "benchmarks.decoding", "--quick", *options), 300),
+            Part("training", (*python, "benchmarks.gpu_training", "--quick", *options), 300),
         ]
     return [
         Part("tests", (*python, "pytest", "-q", "-m", "gpu", "--durations=5"), 150),

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ssmtune.measure.call_cases import CallCase
+from ssmtune.measure.peers import mamba_ssm_scan
 from ssmtune.measure.specs import OURS, Spec
 from ssmtune.measure.timing import Lap
 
@@ -78,7 +78,7 @@ class UpdateCase(CallCase):
 
 def peers(device: str) -> tuple[str, ...]:
     """Other implementations of the step that run here."""
-    return ("mamba_ssm",) if device == "cuda" and find_spec("mamba_ssm") else ("transformers",)
+    return ("mamba_ssm",) if device == "cuda" and mamba_ssm_scan.why_not() is None else ("transformers",)
 
 
 def _step(backend: str) -> Callable[..., Tensor]:

@@ -5,8 +5,10 @@ import types
 import pytest
 import torch
 
-from ssmtune.measure import timing
+from benchmarks import gpu_kernels
+from ssmtune.measure import results, timing
 from ssmtune.measure.call_cases import CallCase
+from ssmtune.measure.specs import available
 
 
 class FakeGpu:
@@ -91,3 +93,16 @@ def test_a_call_on_a_gpu_has_a_time_and_a_peak():
     case.time()
     assert [lap.wall > 0 for lap in case.time()] == [True]
     assert case.peak() == 4 * 1024**2
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_gpu_are_measured_beside_its_limits(tmp_path):
+    path = tmp_path / "gpu.csv"
+    assert gpu_kernels.run(quick=True, csv=path, device="cuda") == 0
+    rows = results.read(path)
+    assert {row.backend for row in rows if row.metric == "limit"} == {"copy", "ex2"}
+    assert {row.metric for row in rows if row.backend == "bound"} == {"least time by memory", "least time by ex2"}
+    timed = {row.backend for row in rows if row.metric == "gpu time" and row.op == "selective_scan"}
+    assert timed >= set(available("selective_scan", "cuda"))
+    assert {row.device for row in rows} == {torch.cuda.get_device_name()}
+    assert "driver" in rows[0].torch
