@@ -64,10 +64,11 @@ std::vector<int64_t> adapter_of_rows(const Tensor& index, int64_t batch, int64_t
   check_shape(index, "adapter_index", {batch});
   const bool wide = index.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || index.scalar_type() == ScalarType::Int, "adapter_index must be int32 or int64");
+  const void* const data = index.data_ptr();
+  const int64_t stride = index.stride(0);
   std::vector<int64_t> rows(batch);
   for (int64_t row = 0; row < batch; ++row) {
-    const int64_t at = row * index.stride(0);
-    rows[row] = wide ? static_cast<const int64_t*>(index.data_ptr())[at] : static_cast<const int32_t*>(index.data_ptr())[at];
+    rows[row] = wide ? static_cast<const int64_t*>(data)[row * stride] : static_cast<const int32_t*>(data)[row * stride];
     STD_TORCH_CHECK(rows[row] >= -1 && rows[row] < adapters, "adapter_index has ", rows[row], " for row ", row,
                     ", expected -1 to ", adapters - 1);
   }

@@ -130,9 +130,11 @@ void backward_tiles(const CausalConv1dBackward& p, const Workspace& w, const Cha
   }
 }
 
-// kSteps steps from `at.time` on, after those that left their gradients in w.carry: they share rows, so each of these is
+constexpr int kSteps = 8;
+
+// kSteps steps from at.time on, after those that left their gradients in w.carry: they share rows, so each of these is
 // converted once for all of them.
-template <typename T, int kWidth, bool kSilu, int kSteps>
+template <typename T, int kWidth, bool kSilu>
 void backward_steps(const CausalConv1dBackward& p, const Workspace& w, const TilePosition& at, int64_t blocks) {
   constexpr int kContext = kWidth - 1;
   constexpr int64_t kAhead = 512 / sizeof(T);  // more rows are read at once than the hardware keeps apart
@@ -187,32 +189,18 @@ void backward_steps(const CausalConv1dBackward& p, const Workspace& w, const Til
   }
 }
 
-// The steps before at.time, down to `begin`.
-template <typename T, int kWidth, bool kSilu>
-void backward_rows(const CausalConv1dBackward& p, const Workspace& w, TilePosition at, int64_t blocks, int64_t begin) {
-  constexpr int kSteps = 8;
-  while (at.time - begin >= kSteps) {
-    at.time -= kSteps;
-    backward_steps<T, kWidth, kSilu, kSteps>(p, w, at, blocks);
-  }
-  while (at.time > begin) {
-    --at.time;
-    backward_steps<T, kWidth, kSilu, 1>(p, w, at, blocks);
-  }
-}
-
 template <typename T, bool kSilu>
-void backward_rows(const CausalConv1dBackward& p, const Workspace& w, const TilePosition& at, int64_t blocks, int64_t begin) {
+void backward_steps(const CausalConv1dBackward& p, const Workspace& w, const TilePosition& at, int64_t blocks) {
   switch (p.width) {
-    case 2: return backward_rows<T, 2, kSilu>(p, w, at, blocks, begin);
-    case 3: return backward_rows<T, 3, kSilu>(p, w, at, blocks, begin);
-    case 4: return backward_rows<T, 4, kSilu>(p, w, at, blocks, begin);
+    case 2: return backward_steps<T, 2, kSilu>(p, w, at, blocks);
+    case 3: return backward_steps<T, 3, kSilu>(p, w, at, blocks);
+    case 4: return backward_steps<T, 4, kSilu>(p, w, at, blocks);
   }
 }
 
 template <typename T>
-void backward_rows(const CausalConv1dBackward& p, const Workspace& w, const TilePosition& at, int64_t blocks, int64_t begin) {
-  return p.silu ? backward_rows<T, true>(p, w, at, blocks, begin) : backward_rows<T, false>(p, w, at, blocks, begin);
+void backward_steps(const CausalConv1dBackward& p, const Workspace& w, const TilePosition& at, int64_t blocks) {
+  return p.silu ? backward_steps<T, true>(p, w, at, blocks) : backward_steps<T, false>(p, w, at, blocks);
 }
 
 // The steps before the first: gradients earlier than it do not exist.
@@ -251,13 +239,17 @@ void run(const CausalConv1dBackward& p, int64_t task, float* scratch) {
       int64_t last = p.dfinal_states.data && piece.end - context < piece.to ? piece.end - context : piece.to;
       if (last < first) last = first;
       backward_tiles(p, w, channels, 0, in_rows, piece, last, piece.to);
-      const TilePosition at{piece.batch, channels.begin, kLanes, last, 0};
-      switch (p.x.dtype) {
-        case DType::kFloat32: backward_rows<float>(p, w, at, in_rows, first); break;
-        case DType::kBFloat16: backward_rows<BFloat16>(p, w, at, in_rows, first); break;
-        case DType::kFloat16: backward_rows<Float16>(p, w, at, in_rows, first); break;
+      TilePosition at{piece.batch, channels.begin, kLanes, last, kSteps};
+      while (at.time - first >= kSteps) {
+        at.time -= kSteps;
+        switch (p.x.dtype) {
+          case DType::kFloat32: backward_steps<float>(p, w, at, in_rows); break;
+          case DType::kBFloat16: backward_steps<BFloat16>(p, w, at, in_rows); break;
+          case DType::kFloat16: backward_steps<Float16>(p, w, at, in_rows); break;
+        }
       }
-      backward_tiles(p, w, channels, 0, in_rows, piece, piece.from, first);
+      // with those left over: one at a time they would read and write the sums at each
+      backward_tiles(p, w, channels, 0, in_rows, piece, piece.from, at.time);
     }
     backward_tiles(p, w, channels, in_rows, blocks, piece, piece.from, piece.to);
     if (!p.dinitial_states || p.width == 1 || piece.from > piece.begin) return;
