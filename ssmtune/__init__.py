@@ -25,6 +25,7 @@ _HOME = {
     "unpatch": "mixers",
     "StateOffsetConfig": "tuners",
     "InitialStateConfig": "tuners",
+    "WeightSubsetConfig": "tuners",
     "load_adapters": "tuners.several",
     "initial_state_from_text": "tuners.initial_state",
     "starting_cache": "tuners.initial_state",

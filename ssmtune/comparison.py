@@ -18,7 +18,7 @@ from typing import Any
 
 from ssmtune.cells import FORMAT, Cell, CellStore
 from ssmtune.config import ConfigError, nearest
-from ssmtune.methods import METHODS, get_method
+from ssmtune.methods import CORE_METHODS, METHODS, get_method
 from ssmtune.tasks import TASKS, load_task
 
 # Search runs are seeded apart from the final ones: no final run repeats the draw that picked its learning rate.
@@ -44,7 +44,7 @@ class ComparisonConfig:
 
     model: str = "mamba-5m"
     tasks: list[str] = field(default_factory=lambda: ["docstring-package"])
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: list(CORE_METHODS))
     seeds: int = 3
     steps: int = 300
     search_steps: int | None = None

@@ -35,7 +35,7 @@ def _option(default: Any, help: str, **checks: Any) -> Any:
 
 @dataclass
 class MethodConfig:
-    name: str = _option("state-offset", "full, lora, prompt-tuning, initial-state, state-offset or state-offset-y")
+    name: str = _option("state-offset", "a method by name, such as full, lora or initial-state (docs/methods.md)")
     rank: int | None = _option(None, "rank of LoRA, or of a low-rank state method (default: 8, or dense)", minimum=1)
     alpha: float | None = _option(None, "LoRA scale times rank (default: the rank)", above=0)
     dropout: float | None = _option(None, "of LoRA, or of a low-rank state (default: 0)", minimum=0, maximum=0.9)
@@ -44,6 +44,7 @@ class MethodConfig:
     conv_state: bool | None = _option(None, "learn what the convolution sees left of the first token too")
     reparametrize: int | None = _option(None, "train a state through an MLP with so many hidden units", minimum=1)
     virtual_tokens: int | None = _option(None, "length of the prompt in prompt tuning (default: 16)", minimum=1)
+    last_layers: int | None = _option(None, "how many of the last layers are trained (default: 2)", minimum=1)
 
 
 @dataclass

@@ -37,6 +37,7 @@ from ssmtune.training_log import RunLog, StopRequest, diverged, draw_losses
 
 _PROGRESS = "progress.json"
 _BEST = "best.safetensors"
+_TRAINABLE = "trainable.safetensors"
 
 
 @dataclass
@@ -214,7 +215,7 @@ class _Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         with _reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            _assign(self.model, load_file(Path(resume_from_checkpoint, _TRAINABLE)))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         with _reading(checkpoint):
@@ -258,11 +259,7 @@ class _Trainer(Trainer):
         total, tokens = self.accelerator.gather(sums).sum(0).tolist()
         loss = -total / max(tokens, 1)
         if self.config.keep == "best" and self.record.is_best(loss):
-            self.best = {
-                name: parameter.detach().to("cpu", copy=True)
-                for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad
-            }
+            self.best = _trainable(self.model)
         self.log({"dev_loss": loss})
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -270,7 +267,8 @@ class _Trainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
-            save_weights(self.model, Path(output_dir))
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(_trainable(self.model), Path(output_dir, _TRAINABLE))
 
     def _get_output_dir(self, trial) -> str:
         return str(self.run.checkpoints / ".new.partial") if self.run is not None else self.args.output_dir
@@ -303,10 +301,7 @@ class _Trainer(Trainer):
         kept_step, dev_loss = self.state.global_step, record.last_dev_loss
         if self.config.keep == "best" and self.best is not None:
             kept_step, dev_loss = record.best_step, record.best_dev_loss
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    if name in self.best:
-                        parameter.copy_(self.best[name])
+            _assign(self.model, self.best)
         self.model.eval()
         trainable, total = parameter_counts(self.model)
         losses = [row["loss"] for row in record.rows if "loss" in row]
@@ -322,6 +317,22 @@ class _Trainer(Trainer):
             total_parameters=total,
             curve=list(record.rows),
         )
+
+
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the trainable tensors: all that a run goes on from, also where a stored adapter is folded."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def _assign(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -1,12 +1,14 @@
-"""State-based fine-tuning methods as peft tuners, registered with peft when this package is imported."""
+"""Fine-tuning methods as peft tuners, registered with peft when this package is imported."""
 
 from ssmtune.tuners.initial_state import InitialStateConfig, InitialStateLayer, InitialStateModel
 from ssmtune.tuners.registration import register
 from ssmtune.tuners.state_offset import StateOffsetConfig, StateOffsetLayer, StateOffsetModel
 from ssmtune.tuners.transformers_loading import check_what_transformers_loads
+from ssmtune.tuners.weight_subset import WeightSubsetConfig, WeightSubsetModel
 
 register("state_offset", StateOffsetConfig, StateOffsetModel)
 register("initial_state", InitialStateConfig, InitialStateModel)
+register("weight_subset", WeightSubsetConfig, WeightSubsetModel)
 check_what_transformers_loads()
 
 __all__ = [
@@ -16,4 +18,6 @@ __all__ = [
     "StateOffsetConfig",
     "StateOffsetLayer",
     "StateOffsetModel",
+    "WeightSubsetConfig",
+    "WeightSubsetModel",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,8 +33,18 @@ def check_readable(folder: str | Path) -> None:
         ) from None
 
 
+def adapted_place(key: str) -> str:
+    """`base_model.model.backbone.layers.0.mixer.adapter.tensor.default` -> `tensor of backbone.layers.0.mixer`."""
+    mixer, _adapter, tensor, _adapter_name = key.removeprefix("base_model.model.").rsplit(".", 3)
+    return f"{tensor} of {mixer}"
+
+
 def check_tensors(
-    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], prefix: str, base: str | None
+    expected: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    prefix: str,
+    base: str | None,
+    place: Callable[[str], str] = adapted_place,
 ) -> None:
     """Raise unless an adapter's stored tensors are the ones the model has a place for, and finite.
 
@@ -43,6 +53,7 @@ def check_tensors(
         found: the stored tensors, by the same keys; keys of other methods and modules are passed over.
         prefix: what the names of this method's tensors begin with.
         base: the model the adapter was trained for, if known.
+        place: what a message calls the tensor of a key.
 
     Raises:
         ValueError: a tensor is missing, has no place, has another shape, or holds NaN or infinity.
@@ -51,14 +62,14 @@ def check_tensors(
     for key, tensor in expected.items():
         if key in found and found[key].shape != tensor.shape:
             raise ValueError(
-                f"{_place(key)} has shape {tuple(found[key].shape)} in the adapter file, "
+                f"{place(key)} has shape {tuple(found[key].shape)} in the adapter file, "
                 f"this model needs {tuple(tensor.shape)}.\n"
                 f"  The adapter was trained on a model of other sizes. {remedy}"
             )
     missing = [key for key in expected if key not in found]
     if missing:
         raise ValueError(
-            f"the adapter file lacks {len(missing)} of {len(expected)} tensors, first {_place(missing[0])}.\n"
+            f"the adapter file lacks {len(missing)} of {len(expected)} tensors, first {place(missing[0])}.\n"
             f"  It was trained on fewer layers than are adapted here, or is incomplete. {remedy}"
         )
     unplaced = [key for key in found if f".{prefix}" in key and key not in expected]
@@ -73,12 +84,6 @@ def check_tensors(
         bad = 0 if found[key].is_meta else int((~torch.isfinite(found[key])).sum())
         if bad:
             raise ValueError(
-                f"{_place(key)} holds {bad} values in the adapter file that are NaN or infinite.\n"
+                f"{place(key)} holds {bad} values in the adapter file that are NaN or infinite.\n"
                 "  Training diverged or the file is damaged. Use an earlier checkpoint, or train with a lower rate."
             )
-
-
-def _place(key: str) -> str:
-    """`base_model.model.backbone.layers.0.mixer.adapter.tensor.default` -> `tensor of backbone.layers.0.mixer`."""
-    mixer, _adapter, tensor, _adapter_name = key.removeprefix("base_model.model.").rsplit(".", 3)
-    return f"{tensor} of {mixer}"

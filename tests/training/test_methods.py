@@ -1,12 +1,18 @@
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from ssmtune.config import ConfigError, MethodConfig
 from ssmtune.gradcheck import check_gradients
-from ssmtune.methods import METHODS, apply_method, get_method, lora_targets, method_options
+from ssmtune.methods import METHODS, apply_method, get_method, method_options
+from ssmtune.methods.low_rank import lora_targets
+from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
+from ssmtune.mixers import patch
 from ssmtune.models import load_model
+from ssmtune.training import parameter_counts
 
 ADAPTERS = [name for name in METHODS if name != "full"]
+SUBSETS = [method.name for method in OWN_WEIGHT_METHODS if method.name != "full"]
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def test_every_trainable_tensor_receives_a_gradient(model, name):
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in SUBSETS])
 def test_only_the_adapter_is_trainable(model, name):
     weights = {id(parameter) for parameter in model.parameters()}
     adapted = apply_method(model, name)
@@ -103,3 +109,44 @@ def test_an_option_of_another_method_is_refused(model):
     with pytest.raises(ConfigError, match="'full' has no option 'virtual_tokens'"):
         apply_method(model, "full", {"virtual_tokens": 4})
     assert method_options(MethodConfig("lora", rank=4)) == {"rank": 4}
+
+
+SIZE_130M = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16}
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("bitfit", {}, 73_728),
+        ("layer-norm", {}, 25 * 768),
+        ("s6", {}, 5_566_464),
+        ("embeddings", {}, 50280 * 768),
+        ("last-layers", {"last_layers": 24}, 129_135_360 - 50280 * 768 - 768),
+        ("lora-s6", {}, 24 * 8 * (1536 + 80 + 48 + 1536)),
+        ("initial-state", {}, 589_824),
+        ("state-offset", {}, 589_824),
+        ("state-offset-low-rank", {}, 24 * 4 * (1536 + 16)),
+        ("state-offset-y", {}, 36_864),
+    ],
+)
+def test_trainable_parameters_of_mamba_130m(name, options, expected):
+    with torch.device("meta"):
+        model = MambaForCausalLM(MambaConfig(**SIZE_130M))
+    patch(model)
+    assert parameter_counts(model)[1] == 129_135_360
+    assert parameter_counts(apply_method(model, name, options))[0] == expected
+
+
+def test_embeddings_and_head_that_are_not_tied_are_both_trained():
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, tie_word_embeddings=False)
+    model = apply_method(MambaForCausalLM(config), "embeddings")
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names == ["base_model.model.backbone.embeddings.weight", "base_model.model.lm_head.weight"]
+
+
+def test_last_layers_are_counted_from_the_end(model):
+    adapted = apply_method(model, "last-layers", {"last_layers": 1})
+    names = {name.split(".")[4] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert names == {"1"}
+    with pytest.raises(ConfigError, match="last_layers is 3, but MambaForCausalLM has 2"):
+        apply_method(model, "last-layers", {"last_layers": 3})

@@ -152,7 +152,7 @@ def test_best_weights_are_kept(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("method, keep", [("lora", "best"), ("prompt-tuning", "last"), ("state-offset", "last"),
-                                          ("full", "best")])
+                                          ("full", "best"), ("bitfit", "best")])
 def test_interrupted_run_resumes_to_the_same_weights(tiny_checkpoint, tmp_path, method, keep):
     config = dataclasses.replace(CONFIG, keep=keep)
     options = {"dropout": 0.3} if method == "lora" else None
@@ -236,7 +236,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "adapter_model.safetensors"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "trainable.safetensors"])
 def test_foreign_checkpoint_is_refused_and_runs_no_code(tiny_checkpoint, tmp_path, file):
     out = tmp_path / "run"
     with pytest.raises(TrainingInterrupted) as stopped:

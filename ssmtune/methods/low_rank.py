@@ -1,0 +1,67 @@
+"""LoRA and what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ssmtune.config import ConfigError
+from ssmtune.methods.method import Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The projections of a Mamba mixer in which LoRA trains: a patched mixer calls each of them as a module.
+# out_proj is left out because peft refuses it on Mamba.
+LORA_TARGETS = ("in_proj", "x_proj", "dt_proj")
+# Those among them that make what the recurrence reads: B, C and the time step.
+S6_TARGETS = ("x_proj", "dt_proj")
+LORA_RANK = 8
+
+
+def lora_targets(model: nn.Module, targets: Sequence[str] = LORA_TARGETS) -> list[str]:
+    """The projections of this model's mixers that LoRA adapts unless told otherwise."""
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    found = [name for name in targets if name in present]
+    if not found:
+        raise ConfigError(
+            f"lora: none of {', '.join(targets)} is in {type(model).__name__}.\n"
+            "  These are the projections of a Mamba mixer. Name the modules with --method.target_modules."
+        )
+    return found
+
+
+def add_lora(
+    model: nn.Module,
+    options: Mapping[str, Any],
+    targets: Sequence[str] = LORA_TARGETS,
+    adapter_name: str = "default",
+    **settings: Any,
+) -> nn.Module:
+    """Put LoRA on the projections of a model; `settings` go to peft's LoraConfig."""
+    from peft import LoraConfig, get_peft_model
+
+    rank = options.get("rank", LORA_RANK)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=options.get("alpha", rank),
+        lora_dropout=options.get("dropout", 0.0),
+        target_modules=list(options.get("target_modules") or lora_targets(model, targets)),
+        layers_to_transform=options.get("layers"),
+        **settings,
+    )
+    return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+_OPTIONS = ("rank", "alpha", "dropout", "target_modules", "layers")
+
+LOW_RANK_METHODS = (
+    Method("lora", "LoRA", 2e-3, "weights", add_lora, _OPTIONS),
+    Method(
+        "lora-s6", "LoRA on the S6 projections", 2e-3, "weights", partial(add_lora, targets=S6_TARGETS),
+        ("rank", "alpha", "dropout", "layers"),
+    ),
+    Method("dora", "DoRA", 2e-3, "weights", partial(add_lora, use_dora=True), _OPTIONS),
+)  # fmt: skip
