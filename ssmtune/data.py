@@ -308,7 +308,7 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _lines(file: Path) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8-sig", newline="" if file.suffix != ".jsonl" else None) as lines:
+        with file.open(encoding="utf-8-sig", newline=None if file.name.endswith(".jsonl") else "") as lines:
             yield from lines
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not text in UTF-8.\n  Convert it, for example with iconv -t utf-8.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,13 +10,13 @@ import numpy as np
 
 def accuracy(answers: Sequence, truths: Sequence) -> float:
     """Share of right answers."""
-    return sum(map(_equal, answers, truths)) / max(1, len(truths))
+    return sum(map(operator.eq, answers, truths)) / max(1, len(truths))
 
 
 def f1(answers: Sequence, truths: Sequence, positive: object) -> float:
     """2 tp / (2 tp + fp + fn) of the `positive` label; 0 without any."""
     hits = sum(answer == truth == positive for answer, truth in zip(answers, truths, strict=True))
-    total = sum(map(positive.__eq__, answers)) + sum(map(positive.__eq__, truths))
+    total = sum(label == positive for label in (*answers, *truths))
     return 2 * hits / total if total else 0.0
 
 
@@ -42,7 +43,3 @@ def spearman(answers: Sequence[float], truths: Sequence[float]) -> float:
 def _ranks(values: Sequence[float]) -> np.ndarray:
     _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[place]
-
-
-def _equal(answer: object, truth: object) -> bool:
-    return answer == truth

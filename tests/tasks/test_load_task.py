@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from ssmtune.comparison import ComparisonConfig
 from ssmtune.config import ConfigError
 from ssmtune.tasks import TASKS, load_task
 
@@ -11,6 +12,13 @@ from ssmtune.tasks import TASKS, load_task
 def test_unknown_task_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown task 'docstring-packages'; did you mean 'docstring-package'"):
         load_task("docstring-packages")
+
+
+def test_compare_names_the_nearest_task_or_all():
+    with pytest.raises(ConfigError, match="task 'sst-2' is unknown; did you mean 'sst2'?"):
+        ComparisonConfig(tasks=["sst-2"]).check()
+    with pytest.raises(ConfigError, match="task 'zzz' is unknown; there are .*, e2e, webnlg, .*, files"):
+        ComparisonConfig(tasks=["zzz"]).check()
 
 
 @pytest.fixture

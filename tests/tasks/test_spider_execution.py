@@ -71,7 +71,7 @@ def test_run_denies_all_but_reading(sql, runner, database, tmp_path):
         ("SELECT missing FROM t", "no such column"),
         ("SELECT 1; SELECT 2", "one statement"),
         ("SELECT '\ud800'", "surrogates"),
-        ("SELECT '\0'", "null character|unrecognized"),
+        ("SELECT '\0'", "null character"),
         ("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c", "more than 50 rows"),
         ("SELECT hex(zeroblob(10000))", "more than 10000 characters"),
     ],
