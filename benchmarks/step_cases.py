@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
+from transformers.models.mamba import modeling_mamba
 from transformers.utils import logging
 
 import ssmtune
@@ -88,6 +90,8 @@ def _model(spec: StepSpec, dtype: torch.dtype) -> nn.Module:
                 use_cache=False,
             )
         ).to(dtype)
+    if spec.backend == "transformers" and find_spec("causal_conv1d") is None:
+        leave_out_fused_block()
     if spec.backend == "authors":
         return use_authors_way(model, spec.method).train()
     if spec.backend == "unbind loop":
@@ -97,6 +101,14 @@ def _model(spec: StepSpec, dtype: torch.dtype) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it has renamed
         return apply_method(model, spec.method).train()
+
+
+def leave_out_fused_block() -> None:
+    """Have transformers, in this process, run mamba_ssm's scan by itself.
+
+    mamba_ssm's fused block fails without the package causal_conv1d, and transformers takes it where mamba_ssm is.
+    """
+    modeling_mamba.mamba_inner_fn = lambda *args, **kwargs: None
 
 
 def build(spec: StepSpec, dtype: torch.dtype) -> nn.Module:

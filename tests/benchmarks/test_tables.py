@@ -158,6 +158,16 @@ def test_readme_of_the_benchmarks_has_the_tables_of_the_stored_results(tmp_path)
     assert copy.read_text() == tables.README.read_text(), "run python -m benchmarks.tables"
 
 
+def test_readmes_say_which_gpus_were_measured():
+    rows = [row for path in FOLDER.glob("*.csv") for row in results.read(path)]
+    gpus = {row.device for row in rows if row.threads == 0}
+    main = tables.README.parents[1] / "README.md"
+    for path, nothing in ((main, "measured on a GPU yet"), (tables.README, "No GPU\nhas been measured yet")):
+        text = path.read_text()
+        assert (nothing in text) == (not gpus), path
+        assert all(gpu in text for gpu in gpus), path
+
+
 def test_plot_is_drawn_from_the_file(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [time_row(1.0, seqlen=length) for length in (512, 1024, 2048)]

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import training_step
+from benchmarks import step_cases, training_step
 from benchmarks.step_cases import (
     GemmCase,
     StepCase,
@@ -57,6 +57,16 @@ def test_verify_small_refuses_a_wrong_scan(method, monkeypatch):
     monkeypatch.setattr(ops, "selective_scan", planted)
     with pytest.raises(Disagreement):
         verify_small(replace(TINY, method=method))
+
+
+def test_transformers_without_the_fused_block_runs_its_scan_alone(monkeypatch):
+    modeling = step_cases.modeling_mamba
+    # as with mamba_ssm and without causal_conv1d
+    monkeypatch.setattr(modeling, "mamba_inner_fn", lambda *_, **__: pytest.fail("the fused block ran"))
+    monkeypatch.setattr(step_cases, "find_spec", lambda name: None)
+    fused, ours = StepCase(replace(TINY, backend="transformers")), StepCase(TINY)
+    fused.time(), ours.time()
+    check_losses([fused, ours])
 
 
 def test_check_losses_refuses_another_model():
