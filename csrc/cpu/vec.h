@@ -122,9 +122,9 @@ SSMTUNE_INLINE HalfVec narrow(Vec x, BFloat16) {  // to nearest, ties to even
   return (HalfVec)_mm512_cvtneps_pbh(x);
 #else
   const BitVec bits = bits_of(x);
-  // not added to a NaN, which it could turn into a number
-  const BitVec half_and_even = (((bits >> 16) & 1u) + 0x7fffu) & (BitVec)(x == x);
-  return narrow_bits((bits + half_and_even) >> 16);
+  const BitVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  // a NaN stays as it is: rounding could turn it into a number
+  return narrow_bits(select(x == x, rounded, bits) >> 16);
 #endif
 }
 
