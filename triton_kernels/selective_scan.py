@@ -69,8 +69,10 @@ class _Layout:
         names = ("seqlen", "dim", "groups", "n_blocks", "n_segments", "segment")
         return {name: getattr(self, name) for name in names} | {"group_dim": self.dim // self.groups}
 
-    def blocks(self) -> dict[str, int]:
-        return {"DSTATE": self.dstate, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+    def options(self) -> dict[str, int]:
+        blocks = {"DSTATE": self.dstate, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+        # without fusion a multiplication and an addition are two instructions, and from triton 3.10 on that is the default
+        return blocks | {"num_warps": 1, "enable_fp_fusion": True}
 
 
 def _layout(u: Tensor, A: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> _Layout:
@@ -127,13 +129,13 @@ def _segment_states(
     sizes = A.new_empty(n_sums, layout.dim)
     selective_scan_segment_kernel[(layout.programs,)](
         x, delta, B, z, A, delta_bias, states, sizes,
-        **layout.sizes(), **_strides(x=x, delta=delta, z=z), **layout.blocks(),
-        REVERSE=reverse, DELTA_SOFTPLUS=delta_softplus, STEPS=min(FORWARD_STEPS, CHUNK_SIZE), num_warps=1,
+        **layout.sizes(), **_strides(x=x, delta=delta, z=z), **layout.options(),
+        REVERSE=reverse, DELTA_SOFTPLUS=delta_softplus, STEPS=min(FORWARD_STEPS, CHUNK_SIZE),
     )  # fmt: skip
     n_blocks = triton.cdiv(layout.dim, layout.block_d)
     selective_scan_carry_kernel[(layout.batch * n_blocks,)](
         states, sizes, A, first, layout.dim, n_blocks, layout.n_segments, _row_stride(first, 2),
-        REVERSE=reverse, **layout.blocks(), num_warps=1,
+        REVERSE=reverse, **layout.options(),
     )  # fmt: skip
     return states
 
@@ -183,8 +185,8 @@ def selective_scan_fwd(
             **layout.sizes(), **_strides(u=u, delta=delta, z=z, out=out),
             stride_initial_state=_row_stride(initial_state, 2),
             stride_state_offset=_row_stride(state_offset, 2), stride_output_offset=_row_stride(output_offset, 1),
-            DELTA_SOFTPLUS=delta_softplus, CHUNK=CHUNK_SIZE, **layout.blocks(),
-            STEPS=min(FORWARD_STEPS, CHUNK_SIZE), num_warps=1,
+            DELTA_SOFTPLUS=delta_softplus, CHUNK=CHUNK_SIZE, **layout.options(),
+            STEPS=min(FORWARD_STEPS, CHUNK_SIZE),
         )  # fmt: skip
 
 
@@ -261,8 +263,8 @@ def selective_scan_bwd(
             **_strides(u=u, delta=delta, z=z, dout=dout, du=du, ddelta=ddelta, dz=dz),
             stride_initial_state=_row_stride(initial_state, 2),
             stride_state_offset=_row_stride(state_offset, 2), stride_output_offset=_row_stride(output_offset, 1),
-            STATES=states, ADJOINTS=adjoints, DELTA_SOFTPLUS=delta_softplus, CHUNK=CHUNK_SIZE, **layout.blocks(),
-            STEPS=BACKWARD_STEPS, num_warps=1,
+            STATES=states, ADJOINTS=adjoints, DELTA_SOFTPLUS=delta_softplus, CHUNK=CHUNK_SIZE, **layout.options(),
+            STEPS=BACKWARD_STEPS,
         )  # fmt: skip
     for (gradient, axis, _), partial in zip(sums, partial_sums, strict=True):
         if partial is not gradient:

@@ -50,7 +50,7 @@ def selective_scan_fwd_kernel(
     i_row = (tl.program_id(0) // (groups * n_blocks) // n_segments).to(tl.int64)
     i_group = i_block // n_blocks
     # the first channel, and the others counted from it: small offsets take one pointer for a whole tile
-    i_d = i_group * group_dim.to(tl.int64) + i_block % n_blocks * BLOCK_D
+    i_d = i_group * tl.cast(group_dim, tl.int64) + i_block % n_blocks * BLOCK_D
     o_d = tl.arange(0, BLOCK_D)
     o_n = tl.arange(0, BLOCK_N)
     m_d = i_block % n_blocks * BLOCK_D + o_d < group_dim

@@ -45,7 +45,7 @@ def selective_scan_segment_kernel(
     start = (i_sum % n_segments).to(tl.int32) * segment
     stop = tl.minimum(start + segment, seqlen)
     i_group = i_block // n_blocks
-    i_d = i_group * group_dim.to(tl.int64) + i_block % n_blocks * BLOCK_D
+    i_d = i_group * tl.cast(group_dim, tl.int64) + i_block % n_blocks * BLOCK_D
     o_d = tl.arange(0, BLOCK_D)
     o_n = tl.arange(0, BLOCK_N)
     m_d = i_block % n_blocks * BLOCK_D + o_d < group_dim
@@ -64,6 +64,8 @@ def selective_scan_segment_kernel(
         p_z = tile_pointers(z_ptr, i_b, i_d, o_d, stride_z_batch, stride_z_dim, stride_z_time, STEPS)
     # [BLOCK_N]
     p_B = B_ptr + (i_b * groups + i_group) * seqlen * DSTATE + o_n
+    FIRST: tl.constexpr = STEPS - 1 if REVERSE else 0
+    STRIDE: tl.constexpr = -1 if REVERSE else 1
     n_tiles = (stop - start + STEPS - 1) // STEPS
     for i in range(n_tiles):
         if REVERSE:
@@ -82,8 +84,7 @@ def selective_scan_segment_kernel(
         b_size += b_delta
         delta = steps_of(b_delta, BLOCK_D, STEPS)
         x = steps_of(b_x, BLOCK_D, STEPS)
-        for j in tl.static_range(STEPS):
-            k: tl.constexpr = STEPS - 1 - j if REVERSE else j
+        for k in tl.static_range(FIRST, STEPS - 1 - FIRST + STRIDE, STRIDE):
             m_B = states_if(t + k < stop, o_n, DSTATE)
             b_B = tl.load(p_B + (tl.cast(t, tl.int64) + k) * DSTATE, mask=m_B, other=0.0)
             b_decay = tl.exp2(delta[k][None, :] * b_A)
