@@ -71,7 +71,7 @@ class _Layout:
 
     def options(self) -> dict[str, int]:
         blocks = {"DSTATE": self.dstate, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
-        # without fusion a multiplication and an addition are two instructions, and from triton 3.10 on that is the default
+        # unfused, a multiplication and an addition are two instructions, and that is the default from triton 3.10 on
         return blocks | {"num_warps": 1, "enable_fp_fusion": True}
 
 
