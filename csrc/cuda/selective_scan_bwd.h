@@ -13,6 +13,8 @@ struct BackwardTile {
   static constexpr int kChannels = kScanBackwardThreads / kLanes, kPadded = kStates * kLanes, kQuads = kStates / 4;
   static constexpr int kSteps = 32 / kStates;  // of a tile: a thread holds 32 states and as many decays
   static constexpr int kTiles = kChunk / kSteps;
+  // Lanes of a channel that write results of a tile, and the steps that each does.
+  static constexpr int kOwners = kLanes < kSteps ? kLanes : kSteps, kOwned = kSteps / kOwners;
   // Rows are longer than what they hold: so neighbours are in other banks.
   static constexpr int kRow = kChannels + 16 / sizeof(T), kColumn = kChunk + 4;
 
@@ -22,6 +24,8 @@ struct BackwardTile {
   alignas(16) float g[kChannels][kColumn];
   alignas(16) float B[kChunk][kPadded];
   alignas(16) float C[kChunk][kPadded];
+  float D[kChannels], delta_bias[kChannels], output_offset[kChannels];
+  alignas(16) float channel_sums[kChannels * kOwners][4];  // for dD, ddelta_bias and doutput_offset
   // The state before each tile. Once a tile is done with, there and in the place after it: sums over some channels of what the
   // threads add to dC and to dB.
   alignas(16) float state[kTiles + 1][kQuads][kScanBackwardThreads][4];
@@ -29,23 +33,19 @@ struct BackwardTile {
   alignas(16) float values[kSteps][kScanBackwardThreads + 4][4];
 };
 
-// Adds x[t] up over the lanes of a channel, and spreads the sums: a lane has those of kSteps / kLanes steps in the first x, or
-// several lanes that of one.
+// Adds x[t] up over the lanes of a channel, in pairs as soon as the steps from t on are there, the last step first; t is a
+// constant to the compiler. Once t = 0 is done, lane p has in x[k * kLanes] the sum of step p % kSteps + k * kLanes.
 template <int kLanes, int kSteps>
-__device__ __forceinline__ void sum_over_lanes(float (&x)[kSteps], int lane) {
+__device__ __forceinline__ void sum_over_lanes(float (&x)[kSteps], int t, int lane) {
 #pragma unroll
-  for (int bit = kLanes / 2, count = kSteps; bit > 0; bit /= 2, count /= 2) {
-    if (count > 1) {
-      const bool upper = lane & bit;
-#pragma unroll
-      for (int i = 0; i < count / 2; ++i) {
-        const float low = x[i], high = x[i + count / 2], kept = upper ? high : low;
-        // the other of the two
-        const float given = __uint_as_float(__float_as_uint(low) ^ __float_as_uint(high) ^ __float_as_uint(kept));
-        x[i] = kept + __shfl_xor_sync(kAllLanes, given, bit);
-      }
-    } else {
-      x[0] += __shfl_xor_sync(kAllLanes, x[0], bit);
+  for (int bit = 1; bit < kLanes; bit *= 2) {
+    if (bit >= kSteps) {
+      if (t == 0) x[0] += __shfl_xor_sync(kAllLanes, x[0], bit);
+    } else if (t % (2 * bit) == 0) {
+      const float low = x[t], high = x[t + bit], kept = lane & bit ? high : low;
+      // the other of the two
+      const float given = __uint_as_float(__float_as_uint(low) ^ __float_as_uint(high) ^ __float_as_uint(kept));
+      x[t] = kept + __shfl_xor_sync(kAllLanes, given, bit);
     }
   }
 }
@@ -110,8 +110,6 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
                               const __grid_constant__ SequenceTensors<3> outputs) {
   using Tile = BackwardTile<T, kStates, kLanes>;
   constexpr int kThreads = kScanBackwardThreads, kSteps = Tile::kSteps, kQuads = Tile::kQuads, kRow = Tile::kRow;
-  // Steps of a tile whose results a lane writes.
-  constexpr int kOwned = kSteps >= kLanes ? kSteps / kLanes : 1, kSharing = kLanes > kSteps ? kLanes / kSteps : 1;
   Tile& tile = shared_memory<Tile>();
   const BlockWork work(p, layout);
   const int thread = threadIdx.x, slot = thread / kLanes;
@@ -127,21 +125,25 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
 #pragma unroll
   for (int i = 0; i < kStates; ++i) A[i] *= kLog2e;
   const bool has_z = p.z.data, wants_dBC = w.dBC, delta_softplus = p.delta_softplus;
-  const float D = p.D && valid ? p.D[channel] : 0.0f, delta_bias = p.delta_bias && valid ? p.delta_bias[channel] : 0.0f;
+  if (own.lane == 0) {
+    tile.D[slot] = p.D && valid ? p.D[channel] : 0.0f;
+    tile.delta_bias[slot] = p.delta_bias && valid ? p.delta_bias[channel] : 0.0f;
+  }
   float dA[kStates] = {}, dstate_offset[kOffset ? kStates : 1] = {};
-  float dD = 0.0f, ddelta_bias = 0.0f, doutput_offset = 0.0f;
+  const bool owner = kLanes == Tile::kOwners || own.lane < Tile::kOwners;
+  const int owned = kLanes == Tile::kOwners ? thread : slot * Tile::kOwners + own.lane;
+  if (owner) set_quad(tile.channel_sums[owned], make_float4(0.0f, 0.0f, 0.0f, 0.0f));
 
   const auto write_matrix = [&](const GradientShares& shares, int64_t part, int64_t row, float(&x)[kStates]) {
     if (shares.target && valid) own.store(share(shares, part, work.segment, row) + channel * p.dstate, x);
 #pragma unroll
     for (int i = 0; i < kStates; ++i) x[i] = 0.0f;
   };
-  const auto write_vector = [&](const GradientShares& shares, int64_t row, float& x) {
-    const float sum = sum_over_lanes<kLanes>(x);
+  const auto write_vector = [&](const GradientShares& shares, int64_t row, int number) {
+    const float sum = sum_over_lanes<kLanes>(owner ? tile.channel_sums[owned][number] : 0.0f);
     if (shares.target && valid && own.lane == 0) share(shares, part, work.segment, row)[channel] = sum;
-    x = 0.0f;
+    if (owner) tile.channel_sums[owned][number] = 0.0f;
   };
-
   if (!p.dout.data) {
     T* const dout = tile.sequences[3][0];
     for (int i = thread; i < static_cast<int>(kChunk) * kRow; i += kThreads) dout[i] = from_float<T>(0.0f);
@@ -158,8 +160,10 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
       own.load(matrix(p.dlast_state, row * p.dim * p.dstate), carry);
     }
     if constexpr (kOffset) own.load(matrix(p.state_offset.data, row * p.state_offset.batch_stride), offset);
-    const float output_offset =
-        p.output_offset.data && valid ? p.output_offset.data[row * p.output_offset.batch_stride + channel] : 0.0f;
+    if (own.lane == 0) {
+      tile.output_offset[slot] =
+          p.output_offset.data && valid ? p.output_offset.data[row * p.output_offset.batch_stride + channel] : 0.0f;
+    }
 
     const int64_t chunks = (piece.end - piece.begin + kChunk - 1) / kChunk;
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -179,10 +183,9 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
       // What depends on the step and the channel alone; zero past the last of them, which makes such steps change nothing.
       for (int i = thread; i < Tile::kChannels * static_cast<int>(kChunk) / 4; i += kThreads) {
         const int c = i % Tile::kChannels, first = i / Tile::kChannels * 4;
-        const float bias = p.delta_bias && c < work.channels ? p.delta_bias[work.channel + c] : 0.0f;
         float dt[4], dtu[4], g[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) dt[k] = to_float(tile.sequences[1][first + k][c]) + bias;
+        for (int k = 0; k < 4; ++k) dt[k] = to_float(tile.sequences[1][first + k][c]) + tile.delta_bias[c];
         if (delta_softplus) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) dt[k] = softplus(dt[k]);
@@ -270,7 +273,8 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
             }
           }
         }
-        sum_over_lanes<kLanes>(y, own.lane);
+#pragma unroll
+        for (int t = kSteps - 1; t >= 0; --t) sum_over_lanes<kLanes>(y, t, own.lane);
         if (wants_dBC) {
           sum_over_channels<true, Tile, kLanes>(tile, tile.state[s], tile.g, s * kSteps, [&](int t, int i) {
             return kOffset ? h[t + 1][i] + offset[i] : h[t + 1][i];
@@ -304,30 +308,37 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
                 a[t][i] = adjoint;
               }
             }
+            sum_over_lanes<kLanes>(sum_input, t, own.lane);
+            sum_over_lanes<kLanes>(sum_decay, t, own.lane);
           }
         }
         if (wants_dBC) {
-          sum_over_channels<false, Tile, kLanes>(tile, tile.state[s + 1], tile.dtu, s * kSteps, [&](int t, int i) { return a[t][i]; });
+          sum_over_channels<false, Tile, kLanes>(tile, tile.state[s + 1], tile.dtu, s * kSteps,
+                                                 [&](int t, int i) { return a[t][i]; });
         }
 
-        sum_over_lanes<kLanes>(sum_input, own.lane);
-        sum_over_lanes<kLanes>(sum_decay, own.lane);
+        if (owner) {
+          float4 channel_sums = quad(tile.channel_sums[owned]);
 #pragma unroll
-        for (int k = 0; k < kOwned; ++k) {
-          const int t = s * kSteps + own.lane / kSharing * kOwned + k;
-          if (!valid || t >= steps || own.lane % kSharing != 0) continue;
-          const float u = to_float(tile.sequences[0][t][slot]), dt = tile.dt[slot][t], g = tile.g[slot][t];
-          const float slope = delta_softplus ? sigmoid(to_float(tile.sequences[1][t][slot]) + delta_bias) : 1.0f;
-          const float ddelta = fmaf(u, sum_input[k], sum_decay[k] * kLn2) * slope;
-          tile.sequences[0][t][slot] = from_float<T>(fmaf(dt, sum_input[k], D * g));
-          tile.sequences[1][t][slot] = from_float<T>(ddelta);
-          if (has_z) {
-            const float z = to_float(tile.sequences[2][t][slot]), gate = sigmoid(z), dout = to_float(tile.sequences[3][t][slot]);
-            tile.sequences[2][t][slot] = from_float<T>(dout * gate * fmaf(z, 1.0f - gate, 1.0f) * (y[k] + fmaf(D, u, output_offset)));
+          for (int k = 0; k < Tile::kOwned; ++k) {
+            const int t = s * kSteps + own.lane + k * kLanes;
+            if (!valid || t >= steps) continue;
+            const float D = tile.D[slot], u = to_float(tile.sequences[0][t][slot]), dt = tile.dt[slot][t], g = tile.g[slot][t];
+            const float slope = delta_softplus ? sigmoid(to_float(tile.sequences[1][t][slot]) + tile.delta_bias[slot]) : 1.0f;
+            const float ddelta = fmaf(u, sum_input[k * kLanes], sum_decay[k * kLanes] * kLn2) * slope;
+            tile.sequences[0][t][slot] = from_float<T>(fmaf(dt, sum_input[k * kLanes], D * g));
+            tile.sequences[1][t][slot] = from_float<T>(ddelta);
+            if (has_z) {
+              const float z = to_float(tile.sequences[2][t][slot]), gate = sigmoid(z);
+              const float slope_of_gate = to_float(tile.sequences[3][t][slot]) * gate * fmaf(z, 1.0f - gate, 1.0f);
+              const float output = y[k * kLanes] + fmaf(D, u, tile.output_offset[slot]);
+              tile.sequences[2][t][slot] = from_float<T>(slope_of_gate * output);
+            }
+            channel_sums.x = fmaf(g, u, channel_sums.x);
+            channel_sums.y += ddelta;
+            channel_sums.z += g;
           }
-          dD = fmaf(g, u, dD);
-          ddelta_bias += ddelta;
-          doutput_offset += g;
+          set_quad(tile.channel_sums[owned], channel_sums);
         }
 
         if (wants_dBC) {
@@ -366,16 +377,16 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
     if constexpr (kOffset) {
       if (w.dstate_offset.row_stride) write_matrix(w.dstate_offset, 0, row, dstate_offset);
     }
-    if (w.doutput_offset.row_stride) write_vector(w.doutput_offset, row, doutput_offset);
+    if (w.doutput_offset.row_stride) write_vector(w.doutput_offset, row, 2);
   }
 
   write_matrix(w.dA, part, 0, dA);
-  write_vector(w.dD, 0, dD);
-  write_vector(w.ddelta_bias, 0, ddelta_bias);
+  write_vector(w.dD, 0, 0);
+  write_vector(w.ddelta_bias, 0, 1);
   if constexpr (kOffset) {
     if (!w.dstate_offset.row_stride) write_matrix(w.dstate_offset, part, 0, dstate_offset);
   }
-  if (!w.doutput_offset.row_stride) write_vector(w.doutput_offset, 0, doutput_offset);
+  if (!w.doutput_offset.row_stride) write_vector(w.doutput_offset, 0, 2);
 }
 
 // Adds up the shares of a gradient in their order.
