@@ -44,7 +44,7 @@ def steps(shapes: Sequence[Shape], backends: Sequence[str], device: str) -> list
     for shape in shapes:
         adapters = [(), ("one-adapter",), ("64-adapters",)] if shape.batch >= MANY_ROWS else [()]
         specs = [UpdateSpec(shape, "fwd", name, (*half, *tags), device) for name in backends for tags in adapters]
-        groups.append([*specs, *(UpdateSpec(shape, "fwd", name, half, device) for name in peers(device))])
+        groups.append([*specs, *peers(shape, device, half)])
     return groups
 
 

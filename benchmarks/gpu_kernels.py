@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,7 +119,7 @@ def keep_limits(session: Session) -> None:
     found = {"copy": (limits.bandwidth / 1e9, "GB/s"), limits.unit: (limits.rate and limits.rate / 1e9, "G/s")}
     for name, (value, unit) in found.items():
         if value is not None:
-            nothing = replace(ScanSpec(Shape(0, 0, 0, 0), "fwd", name, (), device))
+            nothing = ScanSpec(Shape(0, 0, 0, 0), "fwd", name, (), device)
             session.add(nothing, max(session.threads), "limit", unit, value)
 
 

@@ -44,8 +44,8 @@ def plan(device: str, preset: str) -> list[list[Spec]]:
     ways = [(direction, name) for direction in ("fwd", "fwdbwd") for name in names]
     groups.append([ConvSpec(wide, *way, ("silu", *half), device) for way in ways])
     for shape in STEPS:
-        names = (*available("selective_state_update", device), *update_peers(device))
-        groups.append([UpdateSpec(shape, "fwd", name, half, device) for name in names])
+        ours = [UpdateSpec(shape, "fwd", name, half, device) for name in available("selective_state_update", device)]
+        groups.append([*ours, *update_peers(shape, device, half)])
     return groups
 
 

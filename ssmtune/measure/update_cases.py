@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmtune.measure.call_cases import CallCase
+from ssmtune.measure.inputs import Shape
 from ssmtune.measure.peers import mamba_ssm_scan
 from ssmtune.measure.specs import OURS, Spec
 from ssmtune.measure.timing import Lap
@@ -76,9 +77,11 @@ class UpdateCase(CallCase):
         return {name: value.cpu() for name, value in named.items()}, seconds * self.spec.repeats / VERIFIED_STEPS
 
 
-def peers(device: str) -> tuple[str, ...]:
-    """Other implementations of the step that run here."""
-    return ("mamba_ssm",) if device == "cuda" and mamba_ssm_scan.why_not() is None else ("transformers",)
+def peers(shape: Shape, device: str, half: tuple[str, ...] = ()) -> list[UpdateSpec]:
+    """The same step by another implementation that runs here: in a half type by the one that adds up in float32."""
+    if device == "cuda" and mamba_ssm_scan.why_not() is None:
+        return [UpdateSpec(shape, "fwd", "mamba_ssm", half, device)]
+    return [UpdateSpec(shape, "fwd", "transformers", (), device)]
 
 
 def _step(backend: str) -> Callable[..., Tensor]:
