@@ -45,6 +45,7 @@ class Row:
     timestamp: str
 
 
+_DIGITS = ".6g"
 COLUMNS = tuple(field.name.rstrip("_") for field in fields(Row))
 
 
@@ -59,10 +60,11 @@ class Environment:
     timestamp: str
 
     def row(self, summary: Summary | float, **columns: str | int) -> Row:
-        """A row of this run."""
+        """A row of this run, with numbers as a file keeps them: what is shown now is what is read again."""
         if not isinstance(summary, Summary):
             summary = Summary(summary, summary, summary)
-        return Row(**columns, **asdict(summary), **asdict(self))
+        numbers = {name: float(f"{value:{_DIGITS}}") for name, value in asdict(summary).items()}
+        return Row(**columns, **numbers, **asdict(self))
 
     def __str__(self) -> str:
         return " · ".join(
@@ -148,7 +150,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         if new:
             writer.writerow(COLUMNS)
         for row in rows:
-            writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in asdict(row).values())
+            writer.writerow(f"{value:{_DIGITS}}" if isinstance(value, float) else value for value in asdict(row).values())
 
 
 def read(path: Path) -> list[Row]:
