@@ -150,7 +150,8 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         if new:
             writer.writerow(COLUMNS)
         for row in rows:
-            writer.writerow(f"{value:{_DIGITS}}" if isinstance(value, float) else value for value in asdict(row).values())
+            values = asdict(row).values()
+            writer.writerow(f"{value:{_DIGITS}}" if isinstance(value, float) else value for value in values)
 
 
 def read(path: Path) -> list[Row]:
