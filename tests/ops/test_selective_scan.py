@@ -71,7 +71,8 @@ def random_case(seed: int, seqlens: tuple[int, ...] = SEQLENS) -> Case:
 
 
 CASES = [random_case(seed) for seed in range(300)]
-SHORT_CASES = [random_case(seed, FEW_STEPS) for seed in range(1000, 1060)]
+# each group takes programs of its own
+SHORT_CASES = [case for seed in range(1000, 1045) if ((case := random_case(seed, FEW_STEPS)).groups or 1) <= 6]
 CASES_OF_BACKENDS = {"reference": CASES, "cpu": CASES, "triton": SHORT_CASES}
 
 
