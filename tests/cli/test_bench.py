@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssmtune.cli.main import main
-from ssmtune.measure import bounds, plans, results, session, timing
+from ssmtune.measure import bounds, plans, results, session, timing, update_cases
 from ssmtune.measure.conv_cases import ConvSpec
 from ssmtune.measure.inputs import Shape
 from ssmtune.measure.scan_cases import ScanCase, ScanSpec
@@ -21,6 +21,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         session, "interleave", lambda verified, seconds, most: timing.interleave(verified, 0.0, least=2, most=2)
     )
+    monkeypatch.setattr(update_cases, "TIMED_CHANNELS", 1)
     monkeypatch.setattr("ssmtune.measure.peers.usable", lambda device: ({}, {"mambapy": "not installed"}))
 
     def plan(device, preset):
