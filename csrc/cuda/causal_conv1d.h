@@ -60,8 +60,8 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + div
 
 ConvTiles forward_tiles(const CausalConv1dForward& p);
 ConvTiles backward_tiles(const CausalConv1dBackward& p);
-// Of the kernels that go through sequences and channels with a thread for each.
-inline int64_t state_blocks(const CausalConv1dParams& p) { return ceil_div(p.sequences * p.dim, kConvThreads); }
+// Of the kernels with a thread for each row and channel: these blocks for a row.
+constexpr int64_t row_blocks(int64_t dim) { return ceil_div(dim, kConvThreads); }
 
 int causal_conv1d_fwd(const CausalConv1dForward& p, void* stream);
 int causal_conv1d_bwd(const CausalConv1dBackward& p, void* stream);

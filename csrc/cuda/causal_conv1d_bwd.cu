@@ -9,11 +9,10 @@ constexpr int kAhead = 2;           // loads of each input that a thread has und
 // The gradient of the convolution at one step, before it is activated.
 template <typename T>
 __device__ inline float gradient_at(const CausalConv1dBackward& p, const Sequence& s, const Filter& filter, int64_t channel,
-                                    int64_t step, float (&x)[kFilter]) {
-#pragma unroll
-  for (int k = 0; k < kFilter; ++k) x[k] = input<T>(p, s, channel, step - kFilter + 1 + k);
+                                    int64_t step) {
   const float dout = to_float(*address<const T>(p.dout, s.batch, channel, step));
-  return p.silu ? dout * silu_slope(filter.convolve([&](int k) { return x[k]; })) : dout;
+  if (!p.silu) return dout;
+  return dout * silu_slope(filter.convolve([&](int k) { return input<T>(p, s, channel, step - kFilter + 1 + k); }));
 }
 
 // As in the forward pass. The gradient of step t takes those of the kFilter - 1 steps after it, so a thread runs as far ahead of
@@ -112,23 +111,33 @@ __global__ void __launch_bounds__(kConvThreads)
   if (channel >= p.dim) return;
   const Filter filter(p, channel);
   float sums[kSums] = {};
+  Sequence s = sequence_at(p, tile.batch, tile.step);
+  const int64_t before_tile = tile.step - kWarp + tile.lane;
+  float earlier = before_tile >= s.begin && tile.lane > kWarp - kFilter ? input<T>(p, s, channel, before_tile) : 0.0f;
   for (int64_t begin = tile.step; begin < end; begin += kBackwardRound) {
-    const int64_t t = begin + tile.lane;
+    const int64_t t = begin + tile.lane, last = min(t, p.seqlen - 1);
     const bool owned = tile.lane < kBackwardRound && t < end;
-    const Sequence s = sequence_at(p, tile.batch, t < p.seqlen ? t : p.seqlen - 1);
-    float x[kFilter] = {}, gradient = 0;
-    if (t < p.seqlen) gradient = gradient_at<T>(p, s, filter, channel, t, x);
+    // a lane goes back a few steps from one turn to the next
+    if (last >= s.end || last < s.begin) s = sequence_at(p, tile.batch, last);
+    const float now = to_float(*address<const T>(p.x, tile.batch, channel, last));
+    const float dout = to_float(*address<const T>(p.dout, tile.batch, channel, last));
+    float x[kFilter];
+    lanes_back(p, s, channel, t, now, earlier, tile.lane, x);
+    // the next turn begins before the end of this one
+    earlier = __shfl_up_sync(kAllLanes, now, kWarp - kBackwardRound);
+    const float y = filter.convolve([&](int k) { return x[k]; });
+    const float gradient = t < p.seqlen ? (p.silu ? dout * silu_slope(y) : dout) : 0.0f;
     float dx = 0;
 #pragma unroll
     for (int k = 0; k < kFilter; ++k) {
       const float later = __shfl_down_sync(kAllLanes, gradient, k);
       if (t + k < s.end) dx += filter.weight[kFilter - 1 - k] * later;
     }
-    if (!owned) continue;
+    const float counted = owned ? gradient : 0.0f;
 #pragma unroll
-    for (int k = 0; k < kFilter; ++k) sums[k] += gradient * x[k];
-    sums[kFilter] += gradient;
-    if (p.dx.data) *address<T>(p.dx, tile.batch, channel, t) = from_float<T>(dx);
+    for (int k = 0; k < kFilter; ++k) sums[k] += counted * x[k];
+    sums[kFilter] += counted;
+    if (p.dx.data && owned) *address<T>(p.dx, tile.batch, channel, t) = from_float<T>(dx);
   }
   if (!p.shares) return;
 #pragma unroll
@@ -142,7 +151,7 @@ __global__ void __launch_bounds__(kConvThreads)
 // Adds up the shares of kWarp channels for one of the sums, in an order that depends on their number alone.
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_shares_bwd_kernel(const CausalConv1dBackward p, int64_t shares) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, first = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t channel = int64_t{blockIdx.x} / kSums * kWarp + lane;
+  const int64_t channel = int64_t{blockIdx.x / kSums} * kWarp + lane;
   const int k = static_cast<int>(blockIdx.x % kSums), padding = kFilter - static_cast<int>(p.width);
   float sum = 0;
   if (channel < p.dim) {
@@ -163,12 +172,12 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_shares_bwd_kernel(
 // The gradient of the initial states, and that of the steps which are final states too.
 template <typename T>
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_states_bwd_kernel(const CausalConv1dBackward p) {
-  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
-  if (i >= p.sequences * p.dim) return;
-  const Sequence s = sequence(p, i / p.dim);
-  const int64_t channel = i % p.dim, context = p.width - 1, steps = s.end - s.begin;
+  const auto [row, channel] = RowAndChannel(p.dim);
+  if (channel >= p.dim) return;
+  const Sequence s = sequence(p, row);
+  const int64_t context = p.width - 1, steps = s.end - s.begin;
   const Filter filter(p, channel);
-  float gradients[kFilter - 1], x[kFilter];
+  float gradients[kFilter - 1];
 
   const auto final_gradient = [&](int64_t step) {
     const int64_t state = step - s.end + context;
@@ -177,7 +186,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_states_bwd_kernel(
 
   if (p.dinitial_states) {
 #pragma unroll
-    for (int k = 0; k < kFilter - 1; ++k) gradients[k] = k < steps ? gradient_at<T>(p, s, filter, channel, s.begin + k, x) : 0.0f;
+    for (int k = 0; k < kFilter - 1; ++k) gradients[k] = k < steps ? gradient_at<T>(p, s, filter, channel, s.begin + k) : 0.0f;
 #pragma unroll
     for (int state = 0; state < kFilter - 1; ++state) {
       if (state >= context) break;
@@ -193,7 +202,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_states_bwd_kernel(
 #pragma unroll
     for (int back = 0; back < kFilter - 1; ++back) {
       if (back >= steps || back >= context) break;
-      gradients[back] = gradient_at<T>(p, s, filter, channel, s.end - 1 - back, x);
+      gradients[back] = gradient_at<T>(p, s, filter, channel, s.end - 1 - back);
       float sum = final_gradient(s.end - 1 - back);
 #pragma unroll
       for (int k = 0; k <= back; ++k) sum += filter.weight[kFilter - 1 - k] * gradients[back - k];
@@ -227,7 +236,7 @@ int launch_all(const CausalConv1dBackward& p, void* stream) {
   }
   // after the kernel that writes dx, some steps of which it writes again
   if (!error && (p.dinitial_states || p.dfinal_states.data)) {
-    error = launch(causal_conv1d_states_bwd_kernel<T>, state_blocks(p), kConvThreads, 0, stream, p);
+    error = launch(causal_conv1d_states_bwd_kernel<T>, p.sequences * row_blocks(p.dim), kConvThreads, 0, stream, p);
   }
   return error;
 }

@@ -95,17 +95,48 @@ __device__ __forceinline__ float silu_slope(float y) {
   return s * (1.0f + y * (1.0f - s));
 }
 
-// The tile of a block, and where a thread is in it.
+// The tile of a block, and where a thread is in it. The number of blocks fits into 32 bits, and so do those of all tiles, which
+// divide several times as fast.
 struct ConvTile {
   __device__ explicit ConvTile(const ConvTiles& tiles)
       : lane(static_cast<int>(threadIdx.x) % kWarp),
         warp(static_cast<int>(threadIdx.x) / kWarp),
-        channel(blockIdx.x % tiles.channel_tiles * tiles.channels),
-        share(blockIdx.x / tiles.channel_tiles),
-        step(share % tiles.step_tiles * tiles.steps),
-        batch(share / tiles.step_tiles) {}
+        share(blockIdx.x / static_cast<unsigned>(tiles.channel_tiles)),
+        channel(blockIdx.x % static_cast<unsigned>(tiles.channel_tiles) * tiles.channels),
+        step(share % static_cast<unsigned>(tiles.step_tiles) * tiles.steps),
+        batch(share / static_cast<unsigned>(tiles.step_tiles)) {}
   int lane, warp;
-  int64_t channel, share, step, batch;
+  unsigned share;
+  int64_t channel, step, batch;
 };
+
+// Of a kernel with a thread for each row and channel.
+struct RowAndChannel {
+  __device__ explicit RowAndChannel(int64_t dim) {
+    const auto row_blocks = static_cast<unsigned>((dim + kConvThreads - 1) / kConvThreads);
+    row = blockIdx.x / row_blocks;
+    channel = int64_t{blockIdx.x % row_blocks} * kConvThreads + threadIdx.x;
+  }
+  int64_t row, channel;
+};
+
+// What the lane so many steps back has, where the warp takes kWarp neighbouring steps at a time; `earlier` holds the last steps of
+// the warp's last turn in its last lanes.
+__device__ __forceinline__ float lane_back(float x, float earlier, int lane, int back) {
+  return __shfl_sync(kAllLanes, lane >= kWarp - back ? earlier : x, (lane - back) & (kWarp - 1));
+}
+
+// The steps t - kFilter + 1 ... t of one channel, given step t and what earlier lanes have.
+__device__ __forceinline__ void lanes_back(const CausalConv1dParams& p, const Sequence& s, int64_t channel, int64_t t, float now,
+                                           float earlier, int lane, float (&x)[kFilter]) {
+  x[kFilter - 1] = now;
+#pragma unroll
+  for (int back = 1; back < kFilter; ++back) x[kFilter - 1 - back] = lane_back(now, earlier, lane, back);
+  if (t - (kFilter - 1) >= s.begin) return;
+#pragma unroll
+  for (int back = 1; back < kFilter; ++back) {
+    if (t - back < s.begin) x[kFilter - 1 - back] = before(p, s, channel, t - back);
+  }
+}
 
 }  // namespace ssmtune::cuda

@@ -61,19 +61,28 @@ __global__ void __launch_bounds__(kConvThreads)
   const int64_t channel = tile.channel + tile.warp, end = min(tile.step + tiles.steps, p.seqlen);
   if (channel >= p.dim) return;
   const Filter filter(p, channel);
-  for (int64_t t = tile.step + tile.lane; t < end; t += kWarp) {
-    const Sequence s = sequence_at(p, tile.batch, t);
-    const float y = filter.convolve([&](int k) { return input<T>(p, s, channel, t - kFilter + 1 + k); });
-    *address<T>(p.out, tile.batch, channel, t) = from_float<T>(p.silu ? silu(y) : y);
+  Sequence s = sequence_at(p, tile.batch, tile.step);
+  // the last lanes begin with what is before the tile
+  const int64_t before_tile = tile.step - kWarp + tile.lane;
+  float earlier = before_tile >= s.begin && tile.lane > kWarp - kFilter ? input<T>(p, s, channel, before_tile) : 0.0f;
+  for (int64_t begin = tile.step; begin < end; begin += kWarp) {
+    const int64_t t = begin + tile.lane, last = min(t, p.seqlen - 1);
+    if (last >= s.end) s = sequence_at(p, tile.batch, last);
+    const float now = to_float(*address<const T>(p.x, tile.batch, channel, last));
+    float x[kFilter];
+    lanes_back(p, s, channel, t, now, earlier, tile.lane, x);
+    earlier = now;
+    const float y = filter.convolve([&](int k) { return x[k]; });
+    if (t < end) *address<T>(p.out, tile.batch, channel, t) = from_float<T>(p.silu ? silu(y) : y);
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_states_fwd_kernel(const CausalConv1dForward p) {
-  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
-  if (i >= p.sequences * p.dim) return;
-  const Sequence s = sequence(p, i / p.dim);
-  const int64_t channel = i % p.dim, context = p.width - 1;
+  const auto [row, channel] = RowAndChannel(p.dim);
+  if (channel >= p.dim) return;
+  const Sequence s = sequence(p, row);
+  const int64_t context = p.width - 1;
   for (int64_t k = 0; k < context; ++k) {
     *address<T>(p.final_states, s.index, channel, k) = from_float<T>(input<T>(p, s, channel, s.end - context + k));
   }
@@ -97,7 +106,7 @@ int launch_all(const CausalConv1dForward& p, void* stream) {
     error = launch(causal_conv1d_steps_fwd_kernel<T>, tiles.blocks(), kConvThreads, 0, stream, p, tiles);
   }
   if (error || !p.final_states.data) return error;
-  return launch(causal_conv1d_states_fwd_kernel<T>, state_blocks(p), kConvThreads, 0, stream, p);
+  return launch(causal_conv1d_states_fwd_kernel<T>, p.sequences * row_blocks(p.dim), kConvThreads, 0, stream, p);
 }
 
 }  // namespace

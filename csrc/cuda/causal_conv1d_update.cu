@@ -1,5 +1,4 @@
-#include "cuda/causal_conv1d.h"
-#include "cuda/elements.h"
+#include "cuda/causal_conv1d_device.h"
 
 namespace ssmtune::cuda {
 namespace {
@@ -23,9 +22,8 @@ __device__ inline void store(const StridedTensor& x, float value, int64_t i, int
 }
 
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_update_kernel(const CausalConv1dUpdate p) {
-  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
-  if (i >= p.batch * p.dim) return;
-  const int64_t row = i / p.dim, channel = i % p.dim;
+  const auto [row, channel] = RowAndChannel(p.dim);
+  if (channel >= p.dim) return;
   float y = p.bias.data ? load(p.bias, channel) : 0.0f;
   for (int64_t k = 0; k < p.width; ++k) {
     const float step = k + 1 < p.width ? load(p.state, row, channel, k) : load(p.x, row, channel);
@@ -38,7 +36,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_update_kernel(cons
 }  // namespace
 
 int causal_conv1d_update(const CausalConv1dUpdate& p, void* stream) {
-  return launch(causal_conv1d_update_kernel, ceil_div(p.batch * p.dim, kConvThreads), kConvThreads, 0, stream, p);
+  return launch(causal_conv1d_update_kernel, p.batch * row_blocks(p.dim), kConvThreads, 0, stream, p);
 }
 
 }  // namespace ssmtune::cuda

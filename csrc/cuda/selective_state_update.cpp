@@ -26,7 +26,8 @@ StateUpdateLayout layout(const SelectiveStateUpdate& p) {
   const auto vectors = static_cast<uint64_t>((p.dstate + layout.vector - 1) / layout.vector);
   layout.lanes = static_cast<int>(std::min<uint64_t>(kWarp, std::bit_ceil(vectors)));
   layout.block_channels = StateUpdateLayout::kThreads / layout.lanes;
-  layout.channel_blocks = (p.dim + layout.block_channels - 1) / layout.block_channels;
+  layout.channel_blocks = static_cast<unsigned>((p.dim + layout.block_channels - 1) / layout.block_channels);
+  layout.group_channels = static_cast<unsigned>(p.dim / p.groups);
   layout.batch = p.batch;
   return layout;
 }

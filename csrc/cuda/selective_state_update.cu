@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(StateUpdateLayout::kThreads)
     selective_state_update_kernel(const SelectiveStateUpdate p, const StateUpdateLayout layout) {
   const int lane = static_cast<int>(threadIdx.x) % layout.lanes;
   const int64_t row = blockIdx.x / layout.channel_blocks;
-  const int64_t channel = blockIdx.x % layout.channel_blocks * layout.block_channels + threadIdx.x / layout.lanes;
+  const unsigned channel = blockIdx.x % layout.channel_blocks * layout.block_channels + threadIdx.x / layout.lanes;
   const bool exists = channel < p.dim;
 
   // the offsets of this row, with one adapter or many
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(StateUpdateLayout::kThreads)
     x = to_float(row_of<T>(p.x, row)[channel]);
     float dt = to_float(row_of<T>(p.dt, row)[channel]) + (p.dt_bias ? p.dt_bias[channel] : 0.0f);
     if (p.dt_softplus) dt = softplus(dt);
-    const int64_t group = channel / (p.dim / p.groups);
+    const int64_t group = p.groups == 1 ? 0 : channel / layout.group_channels;
     const T* const B = row_of<T>(p.B, row, group);
     const T* const C = row_of<T>(p.C, row, group);
     const float* const A = p.A + channel * p.dstate;

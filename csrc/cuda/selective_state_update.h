@@ -41,9 +41,10 @@ struct StateUpdateLayout {
   static constexpr int kThreads = 128;
 
   int vector, lanes, block_channels;
-  int64_t channel_blocks, batch;
+  unsigned channel_blocks, group_channels;
+  int64_t batch;
 
-  int64_t blocks() const { return channel_blocks * batch; }
+  int64_t blocks() const { return int64_t{channel_blocks} * batch; }
 };
 
 StateUpdateLayout layout(const SelectiveStateUpdate& p);

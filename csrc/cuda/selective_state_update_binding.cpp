@@ -41,6 +41,7 @@ Tensor update(const Tensor& state, const Tensor& x, const Tensor& dt, const Tens
   p.groups = B.dim() == 3 ? B.size(1) : 1;
   check_sizes({p.batch, p.dim, p.dstate, p.groups});
   STD_TORCH_CHECK(p.dim % p.groups == 0 && B.dim() == C.dim(), "B and C must share groups that divide dim");
+  STD_TORCH_CHECK(p.dim < int64_t{1} << 31, "the CUDA kernel takes less than 2^31 channels");
   const Shape channels{p.batch, p.dim}, matrix{p.dim, p.dstate};
   p.dtype = dtype_of(x, "x");
   p.state = contiguous(state, "state", {p.batch, p.dim, p.dstate});

@@ -39,7 +39,7 @@ int64_t conv_offset(bool channels_last, int64_t batch_stride, int64_t stride, in
 // (vector, lanes, block_channels, blocks) of a decoding step.
 void update_layout(int64_t batch, int64_t dim, int64_t dstate, int64_t* layout) {
   SelectiveStateUpdate p{};
-  p.batch = batch, p.dim = dim, p.dstate = dstate;
+  p.batch = batch, p.dim = dim, p.dstate = dstate, p.groups = 1;
   p.B.stride = p.C.stride = dstate;
   const StateUpdateLayout found = ssmtune::cuda::layout(p);
   const int64_t values[] = {found.vector, found.lanes, found.block_channels, found.blocks()};
