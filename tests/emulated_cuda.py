@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import EMULATOR, ROOT, compile_library
 
 from ssmtune import native
 from ssmtune.ops import cpu, cuda
 from ssmtune.ops.backends import OPERATORS, Backend
 
-ROOT = Path(__file__).parents[1]
 NAMESPACE = "ssmtune_emulated"
 NATIVE = (
     *("selective_scan_fwd", "selective_scan_bwd", "selective_state_update"),
@@ -45,24 +45,22 @@ def backend() -> Backend:
 
 
 def library() -> ctypes.CDLL:
-    """What tests/cuda/emulator/operators.cpp offers."""
+    """What operators.cpp and selective_scan.cpp of tests/cuda/emulator offer."""
     return ctypes.CDLL(str(path()))
 
 
 @cache
 def path() -> Path:
     """Compile the library, or find the one compiled before."""
-    spec = spec_from_file_location("cuda_conftest", ROOT / "tests" / "cuda" / "conftest.py")
-    emulator = module_from_spec(spec)
-    spec.loader.exec_module(emulator)
     folder = ROOT / "csrc" / "cuda"
     left_out = {"runtime.cu", "library.cpp"}
     sources = [source for source in sorted(folder.glob("*.c*")) if source.name not in left_out]
-    others = [ROOT / "csrc" / "tensors.cpp", ROOT / "csrc" / "cpu" / "buffer.cpp", emulator.EMULATOR / "operators.cpp"]
+    others = [ROOT / "csrc" / "tensors.cpp", ROOT / "csrc" / "cpu" / "buffer.cpp"]
+    others += [EMULATOR / "operators.cpp", EMULATOR / "selective_scan.cpp"]
     (directory,) = importlib.util.find_spec("torch").submodule_search_locations
     options = [f"-isystem{directory}/include", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DSSMTUNE_EMULATED"]
     options += ["-Wl,--no-as-needed", f"-L{directory}/lib", "-ltorch_cpu"]
-    return emulator.compile_library("operators", sources + others, options=options)
+    return compile_library("operators", sources + others, options=options)
 
 
 def _accepts(call) -> str | None:

@@ -63,10 +63,7 @@ __global__ void __launch_bounds__(kConvThreads, 2)
             const float y = filters[v].convolve([&](int k) { return x[k][v]; });
             const float gradient = dahead[i][v] * (kSilu ? silu_slope(y) : 1.0f);
             gradients[kFilter - 1][v] = gradient;
-            float sum = 0;
-#pragma unroll
-            for (int k = 0; k < kFilter; ++k) sum += filters[v].weight[kFilter - 1 - k] * gradients[k][v];
-            dx.set(v, sum);
+            dx.set(v, filters[v].transpose([&](int k) { return gradients[k][v]; }));
             const float counted = begin + i < written ? gradient : 0.0f;
 #pragma unroll
             for (int k = 0; k < kFilter; ++k) sums[k][v] += counted * x[k][v];
@@ -127,12 +124,13 @@ __global__ void __launch_bounds__(kConvThreads)
     earlier = __shfl_up_sync(kAllLanes, now, kWarp - kBackwardRound);
     const float y = filter.convolve([&](int k) { return x[k]; });
     const float gradient = t < p.seqlen ? (p.silu ? dout * silu_slope(y) : dout) : 0.0f;
-    float dx = 0;
+    float later[kFilter];
 #pragma unroll
     for (int k = 0; k < kFilter; ++k) {
-      const float later = __shfl_down_sync(kAllLanes, gradient, k);
-      if (t + k < s.end) dx += filter.weight[kFilter - 1 - k] * later;
+      later[k] = __shfl_down_sync(kAllLanes, gradient, k);
+      if (t + k >= s.end) later[k] = 0;
     }
+    const float dx = filter.transpose([&](int k) { return later[k]; });
     const float counted = owned ? gradient : 0.0f;
 #pragma unroll
     for (int k = 0; k < kFilter; ++k) sums[k] += counted * x[k];
@@ -203,9 +201,8 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_states_bwd_kernel(
     for (int back = 0; back < kFilter - 1; ++back) {
       if (back >= steps || back >= context) break;
       gradients[back] = gradient_at<T>(p, s, filter, channel, s.end - 1 - back);
-      float sum = final_gradient(s.end - 1 - back);
-#pragma unroll
-      for (int k = 0; k <= back; ++k) sum += filter.weight[kFilter - 1 - k] * gradients[back - k];
+      const float sum = final_gradient(s.end - 1 - back) +
+                        filter.transpose([&](int k) { return k <= back ? gradients[back - k] : 0.0f; });
       *address<T>(p.dx, s.batch, channel, s.end - 1 - back) = from_float<T>(sum);
     }
   }

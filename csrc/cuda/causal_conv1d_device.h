@@ -69,13 +69,14 @@ __device__ __forceinline__ void inputs(const CausalConv1dParams& p, const Sequen
   }
 }
 
-// The filter of a channel, padded with zeros for earlier steps.
+// The filter of a channel, padded with zeros for earlier steps: these are left out, for a step may be infinite.
 struct Filter {
   float weight[kFilter], bias;
+  int padding;
 
   Filter() = default;
-  __device__ Filter(const CausalConv1dParams& p, int64_t channel) : bias(p.bias ? p.bias[channel] : 0.0f) {
-    const int padding = kFilter - static_cast<int>(p.width);
+  __device__ Filter(const CausalConv1dParams& p, int64_t channel)
+      : bias(p.bias ? p.bias[channel] : 0.0f), padding(kFilter - static_cast<int>(p.width)) {
 #pragma unroll
     for (int k = 0; k < kFilter; ++k) weight[k] = k < padding ? 0.0f : p.weight[channel * p.width + k - padding];
   }
@@ -84,8 +85,21 @@ struct Filter {
   __device__ __forceinline__ float convolve(const Steps& x) const {
     float y = bias;
 #pragma unroll
-    for (int k = 0; k < kFilter; ++k) y += weight[k] * x(k);
+    for (int k = 0; k < kFilter; ++k) {
+      if (k >= padding) y += weight[k] * x(k);
+    }
     return y;
+  }
+
+  // The gradient of a step, from those of the convolution at this step and the next ones.
+  template <typename Gradients>
+  __device__ __forceinline__ float transpose(const Gradients& gradient) const {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < kFilter; ++k) {
+      if (kFilter - 1 - k >= padding) sum += weight[kFilter - 1 - k] * gradient(k);
+    }
+    return sum;
   }
 };
 

@@ -129,7 +129,7 @@ BACKENDS = {
             "cuda",
             "CUDA",
             "ssmtune.ops.cuda",
-            ("selective_state_update", "causal_conv1d", "causal_conv1d_update"),
+            OPERATORS,
             _cuda_available,
             _cuda_accepts,
         ),

@@ -25,8 +25,6 @@ def backend(request, monkeypatch) -> str:
         # so that few steps cross the bounds of chunks
         monkeypatch.setattr("ssmtune.triton_kernels.selective_scan.CHUNK_SIZE", 4)
     elif request.param == "cuda-emulated":
-        if not any(operator in request.node.nodeid for operator in ("causal_conv1d", "selective_state_update")):
-            pytest.skip("no CUDA kernel of the scan")
         monkeypatch.setitem(backends.BACKENDS, request.param, emulated_cuda.backend())
     return request.param
 

@@ -17,8 +17,6 @@ std::string error_text(int error) {
 
 extern "C" {
 
-void set_order(unsigned order) { emulator::set_order(order); }
-
 // (vector, channels, steps, blocks, shares) of the tiles of a convolution, in dense memory.
 void conv_tiles(bool backward, bool channels_last, int64_t batch, int64_t dim, int64_t seqlen, int64_t* tiles) {
   CausalConv1dBackward p{};

@@ -1,0 +1,52 @@
+"""CUDA sources compiled for the CPU with the emulator, once for each state of them, into build/emulated."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EMULATOR = ROOT / "tests" / "cuda" / "emulator"
+CACHE = ROOT / "build" / "emulated"
+FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=fast")
+SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def compile_library(name: str, sources: list[Path], sanitize: bool = False, options: Sequence[str] = ()) -> Path:
+    """Compile CUDA sources and the emulator into a library, side by side, and link them; skips without a compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    flags = [*FLAGS, *(("-O1", *SANITIZE) if sanitize else ("-O2",)), f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", *options]
+    read = sorted({*EMULATOR.iterdir(), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir(), *sources})
+    state = hashlib.sha256(repr((compiler, flags, sources)).encode())
+    for path in read:
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            state.update(path.read_bytes())
+    library = CACHE / f"{name}-{state.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(f"{name}-*"):
+        old.unlink()
+    objects = {library.with_suffix(f".{i}.o"): path for i, path in enumerate([EMULATOR / "emulator.cpp", *sources])}
+
+    def compile_source(target: Path) -> subprocess.CompletedProcess:
+        command = [compiler, *flags, "-x", "c++", "-c", objects[target], "-o", target]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(compile_source, objects):
+            assert done.returncode == 0, done.stderr
+    unfinished = library.with_suffix(".new")
+    subprocess.run([compiler, *flags, "-shared", *objects, "-o", unfinished], check=True)
+    for path in objects:
+        path.unlink()
+    unfinished.replace(library)
+    return library
