@@ -163,7 +163,7 @@ class TaskRuns:
         mark = {"lr": cell.lr, "seed": cell.seed, "steps": cell.steps, "dev_loss": dev_loss}
         with tempfile.TemporaryDirectory(prefix="ssmtune-") as scratch:
             save_weights(model, Path(scratch))
-            size = sum(file.stat().st_size for file in Path(scratch).glob("*.safetensors"))
+            size = sum(file.stat().st_size for file in Path(scratch).rglob("*.safetensors"))
             if _is_better(mark, folder / "cell.json"):
                 with whole_folder(folder) as partial:
                     shutil.copytree(scratch, partial, dirs_exist_ok=True)

@@ -42,8 +42,10 @@ class MethodConfig:
     target_modules: list[str] | None = _option(None, "modules that get LoRA (default: the projections of each mixer)")
     layers: list[int] | None = _option(None, "layers to adapt (default: all)", minimum=0)
     conv_state: bool | None = _option(None, "learn what the convolution sees left of the first token too")
-    reparametrize: int | None = _option(None, "train a state through an MLP with so many hidden units", minimum=1)
-    virtual_tokens: int | None = _option(None, "length of the prompt in prompt tuning (default: 16)", minimum=1)
+    reparametrize: int | None = _option(
+        None, "train a state or virtual tokens through an MLP with so many hidden units", minimum=1
+    )
+    virtual_tokens: int | None = _option(None, "of prompt tuning, P-tuning or prefix tuning (default: 16)", minimum=1)
     last_layers: int | None = _option(None, "how many of the last layers are trained (default: 2)", minimum=1)
 
 

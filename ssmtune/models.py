@@ -106,9 +106,14 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Hide the warning for peft's use of an attribute of transformers under its old name."""
+    """Hide what peft warns of without need: an attribute's old name in transformers, a second method on a model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        for message in (
+            "You are trying to modify a model with PEFT for a second time",
+            "Already found a `peft_config`",
+        ):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 
@@ -119,35 +124,42 @@ def portable_name(place: str) -> str:
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Put a saved adapter on its base model.
+    """Put a saved adapter on its base model, and those stored in folders inside its own, which were trained with it.
 
     Raises:
         ValueError: the directory does not hold a sound adapter, or it does not fit the model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     import ssmtune.tuners  # noqa: F401 - registers the state methods with peft
     from ssmtune.prompt_tuning import repair
+    from ssmtune.tuners.several import adapter_folders, load_adapters
 
     config = read_adapter_config(directory)
+    folders = adapter_folders(directory)
+    for folder in folders.values():
+        read_adapter_config(folder)
     try:
         with quiet_peft():
-            adapted = PeftModel.from_pretrained(model, str(directory), use_safetensors=True)
+            adapted = load_adapters(model, directory, use_safetensors=True)
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise ValueError(
             f"the {config['peft_type']} adapter in {directory} does not fit {type(model).__name__}: {reason}\n"
             f"  It was trained for {config.get('base_model_name_or_path')!r}. Load it on that model."
         ) from None
-    with safe_open(Path(directory) / _ADAPTER_WEIGHTS, "pt") as file:
-        missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - set(file.keys())
-    if missing:
-        # peft would leave them as they were initialised, and only warn
-        raise ValueError(
-            f"{directory}/{_ADAPTER_WEIGHTS} lacks {len(missing)} tensors, first {min(missing)}.\n"
-            f"  It was trained for {config.get('base_model_name_or_path')!r} or is incomplete. Load it on that model."
-        )
+    for name, folder in folders.items():
+        expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+        with safe_open(folder / _ADAPTER_WEIGHTS, "pt") as file:
+            missing = expected.keys() - set(file.keys())
+        if missing:
+            # peft would leave them as they were initialised, and only warn
+            raise ValueError(
+                f"{folder}/{_ADAPTER_WEIGHTS} lacks {len(missing)} tensors, first {min(missing)}.\n"
+                f"  It was trained for {config.get('base_model_name_or_path')!r} or is incomplete. "
+                "Load it on that model."
+            )
     return repair(adapted).eval()
 
 

@@ -75,7 +75,7 @@ def run_prechecks(
 
 def _known_start(model: nn.Module, method: Method, batch: Mapping[str, Tensor], base_logits: Tensor) -> Check:
     if method.kind == "prompt":
-        return Check("known start", None, "starts from the embeddings of random tokens, not from the base model")
+        return Check("known start", None, "starts from random virtual tokens, not from the base model")
     error = (text_logits(model, batch) - base_logits).abs().max().item() / base_logits.abs().max().item()
     return Check("known start", error <= START_TOLERANCE, f"logits differ from the base by {error:.1e} of the largest")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from peft import PeftModelForCausalLM, PromptTuningConfig, get_peft_model
+from peft import PeftModelForCausalLM, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from ssmtune.data import IGNORED
@@ -20,14 +20,28 @@ from ssmtune.mixers import find_mixers
 
 def add_prompt(model: nn.Module, virtual_tokens: int) -> PeftModelForCausalLM:
     """Give a model a trainable prompt, which starts as the embeddings of random tokens."""
-    config = PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=virtual_tokens,
-        prompt_tuning_init="SAMPLE_VOCAB",
-        # prompt tuning has no use for it, but peft insists and Mamba has no attention heads
-        num_attention_heads=getattr(model.config, "num_attention_heads", None) or 1,
-    )
+    config = PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **_shared_settings(model, virtual_tokens))
     return repair(get_peft_model(model, config))
+
+
+def add_encoded_prompt(model: nn.Module, virtual_tokens: int, hidden: int | None) -> PeftModelForCausalLM:
+    """Give a model a prompt that is trained through an MLP (P-tuning), of as many hidden units or the model's size.
+
+    A stored adapter holds what the MLP makes of it: to train one further is to train another model.
+
+    Source: Liu et al., GPT Understands, Too, 2021.
+    """
+    config = PromptEncoderConfig(encoder_hidden_size=hidden, **_shared_settings(model, virtual_tokens))
+    return repair(get_peft_model(model, config))
+
+
+def _shared_settings(model: nn.Module, virtual_tokens: int) -> dict:
+    return {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": virtual_tokens,
+        # prompts have no use for it, but peft insists and Mamba has no attention heads
+        "num_attention_heads": getattr(model.config, "num_attention_heads", None) or 1,
+    }
 
 
 def repair(model: nn.Module) -> nn.Module:

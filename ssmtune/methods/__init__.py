@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.config import ConfigError, MethodConfig, nearest
+from ssmtune.methods.combined import COMBINED_METHODS
 from ssmtune.methods.low_rank import LOW_RANK_METHODS
 from ssmtune.methods.method import Method
 from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (*OWN_WEIGHT_METHODS, *LOW_RANK_METHODS, *PROMPT_METHODS, *STATE_METHODS)
+    method.name: method
+    for method in (*OWN_WEIGHT_METHODS, *LOW_RANK_METHODS, *PROMPT_METHODS, *STATE_METHODS, *COMBINED_METHODS)
 }
 
 # What a comparison runs unless told otherwise: one of each sort.

@@ -20,6 +20,29 @@ def prompt_tuning(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     return add_prompt(model, options.get("virtual_tokens", VIRTUAL_TOKENS))
 
 
+def p_tuning(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """Train such vectors through an MLP."""
+    from ssmtune.prompt_tuning import add_encoded_prompt
+
+    return add_encoded_prompt(model, options.get("virtual_tokens", VIRTUAL_TOKENS), options.get("reparametrize"))
+
+
+def prefix_tuning(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """Train vectors that enter every mixer before a text."""
+    from ssmtune.methods.states import add_initial_state
+
+    return add_initial_state(model, {"virtual_tokens": VIRTUAL_TOKENS} | dict(options))
+
+
 PROMPT_METHODS = (
     Method("prompt-tuning", "Prompt tuning", 2e-2, "prompt", prompt_tuning, ("virtual_tokens",)),
-)  # fmt: skip
+    Method("p-tuning", "P-tuning", 1e-3, "prompt", p_tuning, ("virtual_tokens", "reparametrize")),
+    Method(
+        "prefix-tuning",
+        "Prefix tuning",
+        2e-2,
+        "prompt",
+        prefix_tuning,
+        ("virtual_tokens", "reparametrize", "layers"),
+    ),
+)

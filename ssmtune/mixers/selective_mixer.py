@@ -97,8 +97,7 @@ class SelectiveMixer(nn.Module):
             # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
             delta = delta.masked_fill(pads, _CLOSED)
         delta, B, C = delta.transpose(1, 2), B.movedim(1, -1), C.movedim(1, -1)
-        A_log, D = self.A_log.flatten(0, -2), self.D.flatten()
-        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+        A, D = self.state_matrix(), self.D.flatten()
         if state is not None:
             # A view, which is overwritten.
             state = state.view(batch, -1, state.shape[-1])
@@ -123,6 +122,33 @@ class SelectiveMixer(nn.Module):
             y = y.transpose(1, 2)
         out = self.out_proj(y)
         return out if cu_seqlens is None else out.view(*rows, -1)
+
+    def states_after(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens leave behind for those after them, were they the first of a sequence.
+
+        Args:
+            hidden_states: (batch, seqlen, hidden_size), without pads.
+
+        Returns:
+            The state (batch, dim, dstate), float32, and the inputs (batch, dim, width - 1) that the convolution looks
+            back on, zero where there are fewer tokens.
+        """
+        x, _ = self.split_input(self.in_proj(hidden_states))
+        x = x.transpose(1, 2)
+        u = self.convolve(x, None, None)
+        dt, B, C = self.project_convolved(u.transpose(1, 2))
+        delta, delta_bias = self.project_time_step(dt)
+        _, state = ops.selective_scan(
+            u, delta.transpose(1, 2), self.state_matrix(), B.movedim(1, -1), C.movedim(1, -1),
+            delta_bias=delta_bias, delta_softplus=True, return_last_state=True,
+        )  # fmt: skip
+        width = self.conv_kernel_size - 1
+        return state, F.pad(x, (width, 0))[..., x.shape[-1] :]
+
+    def state_matrix(self) -> Tensor:
+        """A (dim, dstate), negative, in float32 or wider."""
+        A_log = self.A_log.flatten(0, -2)
+        return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
     def convolve(self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """Causal convolution and activation of (batch, dim, seqlen), with the inputs left of it or zeros."""

@@ -35,11 +35,7 @@ def load_adapters(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftMo
         >>> model.save_pretrained("run")
         >>> model = ssmtune.load_adapters(base, "run")
     """
-    folder = Path(folder)
-    # The checkpoints that a Trainer leaves beside the adapters are earlier states of the same ones.
-    subfolders = [path for path in sorted(folder.glob("*/")) if not re.fullmatch(r"checkpoint-\d+", path.name)]
-    places = {"default": folder} | {path.name: path for path in subfolders}
-    places = {name: path for name, path in places.items() if (path / CONFIG_NAME).is_file()}
+    places = adapter_folders(folder)
     if not places:
         raise ValueError(
             f"{folder} holds no adapter: neither it nor a folder in it has a {CONFIG_NAME}.\n"
@@ -53,3 +49,12 @@ def load_adapters(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftMo
         else:
             wrappers[method] = PeftModel.from_pretrained(model, path, adapter_name=name, **kwargs)
     return list(wrappers.values())[-1]
+
+
+def adapter_folders(folder: str | Path) -> dict[str, Path]:
+    """The adapters of a folder by name: the one in it, and those in folders of it."""
+    folder = Path(folder)
+    # The checkpoints that a Trainer leaves beside the adapters are earlier states of the same ones.
+    subfolders = [path for path in sorted(folder.glob("*/")) if not re.fullmatch(r"checkpoint-\d+", path.name)]
+    places = {"default": folder} | {path.name: path for path in subfolders}
+    return {name: path for name, path in places.items() if (path / CONFIG_NAME).is_file()}

@@ -112,11 +112,15 @@ class StateTunerConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        # What is stored beside this is the tensor that the MLP has given.
-        stored = copy.copy(self)
-        stored.reparametrize = None
+        stored = self.folded()
         super(StateTunerConfig, stored).save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory), stored)
+
+    def folded(self) -> StateTunerConfig:
+        """The config of what is stored: the tensors themselves, whatever they were trained through."""
+        folded = copy.copy(self)
+        folded.reparametrize = None
+        return folded
 
     @property
     def title(self) -> str:

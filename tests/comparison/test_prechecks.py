@@ -34,7 +34,7 @@ def test_every_method_passes_and_is_left_as_it_was(base, batch, method):
     model = apply_method(copy.deepcopy(base[0]), method, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     passed, checks = outcomes(base, batch, model, method)
-    start = None if method == "prompt-tuning" else True
+    start = None if METHODS[method].kind == "prompt" else True
     assert passed == {"known start": start, "gradients": True, "cached generation": True}, checks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

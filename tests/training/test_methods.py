@@ -1,18 +1,21 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import MambaConfig, MambaForCausalLM
 
 from ssmtune.config import ConfigError, MethodConfig
 from ssmtune.gradcheck import check_gradients
 from ssmtune.methods import METHODS, apply_method, get_method, method_options
+from ssmtune.methods.combined import COMBINED_METHODS
 from ssmtune.methods.low_rank import lora_targets
 from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
 from ssmtune.mixers import patch
-from ssmtune.models import load_model
-from ssmtune.training import parameter_counts
+from ssmtune.models import load_adapter, load_model
+from ssmtune.training import parameter_counts, save_weights
 
 ADAPTERS = [name for name in METHODS if name != "full"]
 SUBSETS = [method.name for method in OWN_WEIGHT_METHODS if method.name != "full"]
+COMBINED = [method.name for method in COMBINED_METHODS]
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def test_model_equals_its_base_before_the_first_step(model, name):
         assert torch.equal(apply_method(model, name)(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["lora", "prompt-tuning"])
+@pytest.mark.parametrize("name", ["lora", "prompt-tuning", "p-tuning", "prefix-tuning", "state-offset-low-rank"])
 def test_random_initialisation_depends_on_the_seed_alone(tiny_checkpoint, name):
     def tensors(seed):
         model = load_model(tiny_checkpoint)[0]
@@ -127,6 +130,10 @@ SIZE_130M = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "
         ("state-offset", {}, 589_824),
         ("state-offset-low-rank", {}, 24 * 4 * (1536 + 16)),
         ("state-offset-y", {}, 36_864),
+        ("prefix-tuning", {}, 24 * 16 * 768),
+        ("prefix-tuning", {"reparametrize": 32}, 24 * (16 * 768 + 2 * 768 * 32 + 768 + 32)),
+        ("initial-state+state-offset", {}, 2 * 589_824),
+        ("lora+state-offset", {"target_modules": ["x_proj", "dt_proj"]}, 24 * 8 * (1536 + 80 + 48 + 1536) + 589_824),
     ],
 )
 def test_trainable_parameters_of_mamba_130m(name, options, expected):
@@ -150,3 +157,22 @@ def test_last_layers_are_counted_from_the_end(model):
     assert names == {"1"}
     with pytest.raises(ConfigError, match="last_layers is 3, but MambaForCausalLM has 2"):
         apply_method(model, "last-layers", {"last_layers": 3})
+
+
+def test_p_tuning_stores_its_prompt_alone(model, tmp_path):
+    adapted = apply_method(model, "p-tuning", {"virtual_tokens": 3, "reparametrize": 8})
+    # an embedding per token, and three linear layers by way of 8 units
+    assert parameter_counts(adapted)[0] == 3 * 32 + (32 * 8 + 8) + (8 * 8 + 8) + (8 * 32 + 32)
+    save_weights(adapted, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: tensor.shape for name, tensor in stored.items()} == {"prompt_embeddings": (3, 32)}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_both_adapters_of_a_combination_are_stored(model, tmp_path, name):
+    adapted = apply_method(model, name)
+    save_weights(adapted, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file() and (tmp_path / "beside/adapter_config.json").is_file()
+    (tmp_path / "beside/adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="beside/adapter_model.safetensors cannot be read"):
+        load_adapter(model, tmp_path)

@@ -152,7 +152,8 @@ def test_best_weights_are_kept(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("method, keep", [("lora", "best"), ("prompt-tuning", "last"), ("state-offset", "last"),
-                                          ("full", "best"), ("bitfit", "best")])
+                                          ("full", "best"), ("bitfit", "best"), ("p-tuning", "last"),
+                                          ("lora+state-offset", "best"), ("prefix-tuning", "last")])
 def test_interrupted_run_resumes_to_the_same_weights(tiny_checkpoint, tmp_path, method, keep):
     config = dataclasses.replace(CONFIG, keep=keep)
     options = {"dropout": 0.3} if method == "lora" else None
