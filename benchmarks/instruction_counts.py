@@ -19,14 +19,33 @@ from pathlib import Path
 FILE = Path(__file__).with_name("results") / "compiled" / "triton.csv"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BLOCKS = ("BLOCK_T", "BLOCK_N", "BLOCK_D", "STEPS")
-PER = {"causal_conv1d": "(b,d,t)", "causal_conv1d_update": "(b,d)", "selective_state_update": "(b,d,n)"}
+PER = {
+    "selective_scan": "(b,d,t,n)",
+    "causal_conv1d": "(b,d,t)",
+    "causal_conv1d_update": "(b,d)",
+    "selective_state_update": "(b,d,n)",
+}
 """What the instructions of an operator are counted for: as many as the product of its kernels' blocks."""
 BOUNDS = {
+    ("selective_scan_fwd_kernel", "bfloat16"): 11.0,
+    ("selective_scan_fwd_kernel", "bfloat16, 256 states"): 11.0,
+    ("selective_scan_fwd_kernel", "bfloat16, offsets"): 12.0,
+    ("selective_scan_bwd_kernel", "bfloat16"): 38.0,
+    ("selective_scan_bwd_kernel", "bfloat16, 256 states"): 50.0,
+    ("selective_scan_bwd_kernel", "bfloat16, all gradients"): 40.0,
+    ("selective_scan_bwd_kernel", "bfloat16, offsets"): 40.0,
+    ("selective_scan_bwd_kernel", "bfloat16, initial state alone"): 10.0,
     ("causal_conv1d_fwd_kernel", "bfloat16"): 26.0,
     ("causal_conv1d_bwd_kernel", "bfloat16"): 48.0,
     ("causal_conv1d_bwd_kernel", "bfloat16, all gradients"): 54.0,
 }
 """Instructions that a kernel may have at most in a case, on any target."""
+SPILLS = {
+    ("selective_scan_fwd_kernel", "bfloat16, 64 states", "sm_90"): 2,
+    ("selective_scan_bwd_kernel", "bfloat16, packed", "sm_100"): 2,
+    ("selective_scan_bwd_kernel", "bfloat16, groups", "sm_100"): 4,
+}
+"""Known spills: values that loops only read, one or two for each tile of 8 steps or chunk of 32."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,8 @@ class Row:
     def faults(self) -> list[str]:
         """What is wrong with it, in words."""
         found = []
-        if self.spills or self.stack:
+        known = SPILLS.get((self.kernel, self.case, self.target), 0)
+        if self.spills > known or (self.stack and not known):
             found.append(f"{self.spills} spills and a stack of {self.stack} bytes")
         if self.bound is not None and self.instructions is not None and self.instructions > self.bound:
             found.append(
@@ -92,6 +112,9 @@ def count(targets: Iterable[str], fast: bool = False, ops: Sequence[str] = ()) -
 def _row(op: str, case: str, target: str, launch) -> Row:
     import triton
 
+    if launch.arguments.get("REVERSE"):
+        case += ", in reverse"
+    per = "(b,d,n) of a segment" if launch.kernel == "selective_scan_carry_kernel" else PER[op]
     metadata = launch.compiled.metadata
     if target.startswith("gfx"):
         registers, spills, stack = _of_amd(launch.compiled.asm["amdgcn"])
@@ -104,7 +127,7 @@ def _row(op: str, case: str, target: str, launch) -> Row:
         lanes = math.prod(launch.arguments[name] for name in BLOCKS if name in launch.arguments)
         instructions = round(total * 32 * metadata.num_warps / lanes, 2)
     return Row(
-        op, case, launch.kernel, target, registers, stack, metadata.shared, spills, instructions, PER[op],
+        op, case, launch.kernel, target, registers, stack, metadata.shared, spills, instructions, per,
         BOUNDS.get((launch.kernel, case)), f"triton {triton.__version__}",
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ tensor that a plain Mamba has, and the gradients that it owes when its weights a
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,7 +33,22 @@ class KernelCase:
 
 
 def cases() -> Iterator[KernelCase]:
-    """Every case, those of one kernel next to each other."""
+    """Every case, those of one operator next to each other."""
+    for name, dstate in (*((name, 16) for name in DTYPES), *(("bfloat16", dstate) for dstate in (64, 128, 256))):
+        call = partial(scan, DTYPES[name], dstate)
+        yield KernelCase("selective_scan", _with_states(name, dstate), call, (name, dstate) == ("bfloat16", 16))
+    for label, options in {
+        "all gradients": {"parameters": True},
+        "offsets": {"offsets": True},
+        "initial state alone": {"trained": ("initial_state",)},
+        "without z": {"z": False},
+        "packed": {"packed": True},
+        "groups": {"groups": 8},
+        "channels-first": {"first": True},
+        "segments of one sequence": {"segments": True},
+    }.items():
+        call = partial(scan, torch.bfloat16, 16, **options)
+        yield KernelCase("selective_scan", f"bfloat16, {label}", call, fast=label == "offsets")
     for name, dtype in DTYPES.items():
         yield KernelCase("causal_conv1d", name, partial(convolve, dtype), fast=name == "bfloat16")
     for label, options in {
@@ -56,6 +72,49 @@ def cases() -> Iterator[KernelCase]:
     for label, options in {"offsets of adapters": {"adapters": True}, "groups": {"groups": 8}}.items():
         call = partial(update_state, torch.bfloat16, 16, **options)
         yield KernelCase("selective_state_update", f"bfloat16, {label}", call)
+
+
+def scan(
+    dtype: torch.dtype, dstate: int, *, parameters: bool = False, offsets: bool = False,
+    trained: tuple[str, ...] = (), z: bool = True, packed: bool = False, groups: int | None = None, first: bool = False,
+    segments: bool = False,
+) -> None:  # fmt: skip
+    """The scan with D, z and a bias of delta, forward and backward.
+
+    Args:
+        parameters: whether A, D and delta_bias ask for gradients too.
+        offsets: whether there are an initial state, a state offset and an output offset, with gradients.
+        trained: the only inputs that ask for gradients, where there are any; they are given.
+        segments: whether time is cut into segments, as for a single sequence on a large GPU.
+    """
+    batch = 1 if packed or segments else BATCH
+    states = trained or (("initial_state", "state_offset", "output_offset") if offsets else ())
+    B = _empty(batch, SEQLEN, *([groups] if groups else []), dstate, dtype=dtype).movedim(1, -1)
+    inputs = {
+        "u": _sequence(dtype, first, batch),
+        "delta": _sequence(dtype, first, batch),
+        "A": _empty(DIM, dstate),
+        "B": B,
+        "C": B,
+        "D": _empty(DIM),
+        "z": _sequence(dtype, first, batch) if z else None,
+        "delta_bias": _empty(DIM),
+        "initial_state": _empty(DIM, dstate) if "initial_state" in states else None,
+        "state_offset": _empty(DIM, dstate) if "state_offset" in states else None,
+        "output_offset": _empty(DIM) if "output_offset" in states else None,
+    }
+    wanted = {*(trained or ("u", "delta", "B", "C", "z", *states)), *(("A", "D", "delta_bias") if parameters else ())}
+    cu_seqlens = torch.empty(33, dtype=torch.int32, device="meta") if packed else None
+    rows = 32 if packed else batch
+    last_state = _empty(rows, DIM, dstate)
+    shape = triton.chunk_states_shape(batch, DIM, SEQLEN, dstate, groups or 1, rows if packed else None)
+    out, chunk_states = layout.empty_like(inputs["u"]), _empty(*shape)
+    gradients = [tensor if name in wanted else None for name, tensor in inputs.items()]
+    with patch("ssmtune.triton_kernels.selective_scan.multiprocessors", return_value=132 if segments else 0):
+        triton.selective_scan_forward(tuple(inputs.values()), cu_seqlens, True, out, last_state, chunk_states)
+        triton.selective_scan_backward(
+            layout.empty_like(out), None, tuple(inputs.values()), cu_seqlens, chunk_states, True, gradients
+        )
 
 
 def convolve(

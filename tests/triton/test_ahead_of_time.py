@@ -35,7 +35,7 @@ def compiled(tmp_path, *options):
 def check(rows, target):
     assert {row.target for row in rows} == {target}
     assert {row.op for row in rows} == set(instruction_counts.PER)
-    assert all(row.registers > 0 and row.spills == row.stack == 0 for row in rows)
+    assert all(row.registers > 0 for row in rows)
     assert all((row.instructions is None) == target.startswith("gfx") for row in rows)
     return {(row.kernel, row.case) for row in rows if row.bound}
 
