@@ -13,6 +13,7 @@ import triton.language as tl
 from ssmtune.triton_kernels.selective_scan_tiles import (
     LN2,
     LOG2E,
+    computed,
     load_delta,
     load_parameter,
     load_tile,
@@ -152,8 +153,9 @@ def selective_scan_bwd_kernel(
             tl.store(p_kept + (t - chunk_start) * (3 * BLOCK_D), b_delta)
             tl.store(p_kept + (t - chunk_start) * (3 * BLOCK_D) + BLOCK_D, b_g)
             tl.store(p_kept + (t - chunk_start) * (3 * BLOCK_D) + 2 * BLOCK_D, b_slope)
+            b_delta, b_delta_u = computed(b_delta, b_delta * b_u)
             delta = steps_of(b_delta, BLOCK_D, STEPS)
-            delta_u = steps_of(b_delta * b_u, BLOCK_D, STEPS)
+            delta_u = steps_of(b_delta_u, BLOCK_D, STEPS)
             g = steps_of(b_g, BLOCK_D, STEPS)
             if STATES:
                 tl.store(p_states + (t - chunk_start) // STEPS * STATE, b_h)

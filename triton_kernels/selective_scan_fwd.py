@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ssmtune.triton_kernels.selective_scan_tiles import (
     LOG2E,
+    computed,
     load_delta,
     load_parameter,
     load_tile,
@@ -97,8 +98,9 @@ def selective_scan_fwd_kernel(
         # [BLOCK_D, STEPS]
         b_u = load_tile(p_u, t, stride_u_time, m_dt)
         b_delta, _ = load_delta(p_delta, t, stride_delta_time, m_dt, b_bias, DELTA_SOFTPLUS)
+        b_delta, b_delta_u = computed(b_delta, b_delta * b_u)
         delta = steps_of(b_delta, BLOCK_D, STEPS)
-        delta_u = steps_of(b_delta * b_u, BLOCK_D, STEPS)
+        delta_u = steps_of(b_delta_u, BLOCK_D, STEPS)
         y = ()
         for i in tl.static_range(STEPS):
             m_B = states_if(t + i < stop, o_n, DSTATE)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ssmtune.triton_kernels.selective_scan_tiles import (
     LOG2E,
+    computed,
     load_delta,
     load_parameter,
     load_tile,
@@ -82,6 +83,7 @@ def selective_scan_segment_kernel(
         if not REVERSE:
             b_x *= b_delta
         b_size += b_delta
+        b_delta, b_x = computed(b_delta, b_x)
         delta = steps_of(b_delta, BLOCK_D, STEPS)
         x = steps_of(b_x, BLOCK_D, STEPS)
         for k in tl.static_range(FIRST, STEPS - 1 - FIRST + STRIDE, STRIDE):

@@ -32,6 +32,16 @@ def steps_of(b_x, BLOCK_D: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
+def computed(b_x, b_y):
+    """Return both tiles as they are, computed where they were loaded.
+
+    Triton 3.6 would rather convert the 16-bit values they come from to the layout of the states, four threads to a
+    channel, and have each of the four compute the rest; but not where two come from different ones.
+    """
+    return tl.split(tl.join(b_x, b_y))
+
+
+@triton.jit
 def tile_of(steps, BLOCK_D: tl.constexpr, STEPS: tl.constexpr):
     """Put STEPS vectors [BLOCK_D] together into a tile [BLOCK_D, STEPS]."""
     if STEPS == 1:
