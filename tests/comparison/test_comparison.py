@@ -10,7 +10,7 @@ from ssmtune import cell_runs
 from ssmtune.cells import Cell, CellStore
 from ssmtune.comparison import ComparisonConfig, _pick, run_comparison
 from ssmtune.config import ConfigError
-from ssmtune.methods import METHODS
+from ssmtune.methods import CORE_METHODS, METHODS
 from ssmtune.models import load_model, load_trained
 from ssmtune.tasks import load_task
 
@@ -20,12 +20,14 @@ def records(out: Path) -> dict[str, dict]:
 
 
 def test_every_method_runs_on_an_equal_budget(small, tmp_path):
-    config = dataclasses.replace(small, methods=list(METHODS), seeds=1)
+    # of the other methods tests/training asks all that a comparison needs
+    methods = [*CORE_METHODS, "bitfit", "lora+state-offset"]
+    config = dataclasses.replace(small, methods=methods, seeds=1)
     run_comparison(config, tmp_path / "out")
     found = records(tmp_path / "out")
-    assert len(found) == 1 + len(METHODS) * (2 + 1)
+    assert len(found) == 1 + len(methods) * (2 + 1)
     assert {record["status"] for record in found.values()} == {"success"}, [r["error"] for r in found.values()]
-    for method in METHODS:
+    for method in methods:
         search = [r for r in found.values() if r["cell"]["method"] == method and r["cell"]["stage"] == "search"]
         final = found[f"files--{method}--final-seed0"]
         assert [r["train_info"]["steps"] for r in search] == [2, 2] and final["train_info"]["steps"] == 3
