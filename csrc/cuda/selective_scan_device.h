@@ -83,7 +83,7 @@ struct SequenceTensors {
 template <typename T, int kThreads, int kTensors, int kChannels, int kRow>
 class TileCopy {
   static constexpr int kGroup = kThreads / (kTensors > 2 ? 4 : kTensors), kSteps = kChunk, kTile = kSteps * kRow;
-  static constexpr int kVector = 16 / sizeof(T);
+  static constexpr int kVector = 16 / sizeof(T), kAcross = kChannels / kVector;
   struct alignas(16) Vector {
     T data[kVector];
   };
@@ -101,17 +101,50 @@ class TileCopy {
 
   __device__ __forceinline__ void read(T* tiles, int64_t time, int steps) const {
     T* const tile = tiles + tile_;
-    each(time, steps, [&](T* element, int t, int c, bool vector) {
-      if (!vector) {
-        tile[t * kRow + c] = *element;
-      } else if (tensor_.channels_last) {
-        *reinterpret_cast<Vector*>(tile + t * kRow + c) = *reinterpret_cast<const Vector*>(element);
-      } else {
-        const Vector values = *reinterpret_cast<const Vector*>(element);
+    // Several loads before the first store, where they are many: the compiler cannot tell that stores go elsewhere, and would
+    // wait for each load.
+    constexpr int kRounds = (kSteps * kChannels / kVector + kGroup - 1) / kGroup, kAhead = 4;
+    if (kRounds <= kAhead || !tensor_.data || !takes_vectors(time, steps)) {
+      each(time, steps, [&](T* element, int t, int c, bool vector) {
+        if (!vector) {
+          tile[t * kRow + c] = *element;
+        } else if (tensor_.channels_last) {
+          *reinterpret_cast<Vector*>(tile + t * kRow + c) = *reinterpret_cast<const Vector*>(element);
+        } else {
+          const Vector values = *reinterpret_cast<const Vector*>(element);
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) tile[(t + k) * kRow + c] = values.data[k];
+          for (int k = 0; k < kVector; ++k) tile[(t + k) * kRow + c] = values.data[k];
+        }
+      });
+      return;
+    }
+    T* const first = base_ + time * (tensor_.channels_last ? tensor_.stride : 1);
+    for (int round = 0; round < kRounds; round += kAhead) {
+      uint4 ahead[kAhead];
+      int t[kAhead], c[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = thread_ + (round + k) * kGroup;
+        t[k] = tensor_.channels_last ? i / kAcross : i / kChannels * kVector;
+        c[k] = tensor_.channels_last ? i % kAcross * kVector : i % kChannels;
+        if (c[k] >= channels_) t[k] = kSteps;
+        const int64_t offset = tensor_.channels_last ? t[k] * tensor_.stride + c[k] : c[k] * tensor_.stride + t[k];
+        if (t[k] < steps) ahead[k] = *reinterpret_cast<const uint4*>(first + offset);
       }
-    });
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (t[k] >= steps) continue;
+        T* const target = tile + t[k] * kRow + c[k];
+        if (tensor_.channels_last) {
+          *reinterpret_cast<uint4*>(target) = ahead[k];
+        } else {
+          Vector values;
+          memcpy(&values, &ahead[k], sizeof(values));
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) target[i * kRow] = values.data[i];
+        }
+      }
+    }
   }
 
   __device__ __forceinline__ void write(const T* tiles, int64_t time, int steps) const {
@@ -131,14 +164,19 @@ class TileCopy {
   }
 
  private:
+  __device__ bool takes_vectors(int64_t time, int steps) const {
+    if (tensor_.channels_last) return aligned_ && channels_ % kVector == 0;
+    return aligned_ && reinterpret_cast<uintptr_t>(base_ + time) % 16 == 0 && steps % kVector == 0;
+  }
+
   // Calls copy(element, step, channel, whether it begins a vector) for all that this thread copies.
   template <typename Copy>
   __device__ __forceinline__ void each(int64_t time, int steps, const Copy& copy) const {
     if (!tensor_.data) return;
     if (tensor_.channels_last) {
       T* const first = base_ + time * tensor_.stride;
-      if (aligned_ && channels_ % kVector == 0) {
-        constexpr int kAcross = kChannels / kVector, kAtOnce = kGroup / kAcross;
+      if (takes_vectors(time, steps)) {
+        constexpr int kAtOnce = kGroup / kAcross;
         const int c = thread_ % kAcross * kVector;
         if (c >= channels_) return;
         T* element = first + thread_ / kAcross * tensor_.stride + c;
@@ -151,7 +189,7 @@ class TileCopy {
       }
     } else {
       T* const first = base_ + time;
-      if (aligned_ && reinterpret_cast<uintptr_t>(first) % 16 == 0 && steps % kVector == 0) {
+      if (takes_vectors(time, steps)) {
         for (int i = thread_; i < kChannels * kSteps / kVector; i += kGroup) {
           const int c = i % kChannels, t = i / kChannels * kVector;
           if (c < channels_ && t < steps) copy(first + c * tensor_.stride + t, t, c, true);
