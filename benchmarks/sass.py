@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def read(cubin: str | Path, kernel: str) -> Kernel:
         )
     (name,) = names
     resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", found[name])}
-    program = _Program(_section(_run("nvdisasm", "-c", cubin), name))
+    program = _Program(_section(_disassembly(cubin, usage), name))
     return Kernel(
         name,
         resources["REG"],
@@ -120,6 +121,12 @@ def _run(name: str, *arguments: str | Path) -> str:
     if done.returncode != 0:
         raise ValueError(f"{name} cannot read {arguments[-1]}:\n  {done.stderr.strip()}")
     return done.stdout
+
+
+# whoever counts reads the kernels of a cubin one after the other; another cubin in the place of one has other resources
+@lru_cache(maxsize=1)
+def _disassembly(cubin: str | Path, usage: str) -> str:
+    return _run("nvdisasm", "-c", cubin)
 
 
 def _section(disassembly: str, name: str) -> str:

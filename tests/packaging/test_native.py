@@ -100,7 +100,8 @@ from ssmtune import native
 assert native.is_loaded()
 torch.ops.load_library(str(native.CUDA_LIBRARY))
 assert native.cuda_architectures().startswith("sm_")
-for name in ("selective_state_update", "causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"):
+updates = ("selective_state_update", "causal_conv1d_update")
+for name in ("selective_scan_fwd", "selective_scan_bwd", "causal_conv1d_fwd", "causal_conv1d_bwd", *updates):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ssmtune_native::{name}", "CUDA"), name
 """
     run_python(code)
