@@ -104,6 +104,9 @@ METHODS = [
     Method("full", "full", lambda model: apply_method(model, "full")),
     Method("LoRA", "weights", lambda model: apply_method(model, "lora", {"rank": 2})),
     *map(_lora, ("in_proj", "x_proj", "dt_proj", "out_proj")),
+    Method("DoRA", "weights", lambda model: apply_method(model, "dora", {"rank": 2})),
+    Method("BitFit", "weights", lambda model: apply_method(model, "bitfit")),
+    Method("S6 only", "weights", lambda model: apply_method(model, "s6")),
     Method("prompt", "prompt", lambda model: apply_method(model, "prompt-tuning", {"virtual_tokens": 3})),
     Method("initial state", "state", lambda model: apply_method(model, "initial-state")),
     Method(
@@ -203,16 +206,19 @@ def fresh(family, method, patched, target_exists) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def trained(method, fresh) -> nn.Module:
+def trained(method, patched, fresh) -> nn.Module:
     """The same with noise in what is trained, as if it had learnt something; not to be changed."""
     model = copy.deepcopy(fresh)
     if method.kind != "full":
         std = 0.2 if method.kind == "weights" else 0.5
         generator = torch.Generator().manual_seed(1)
+        own = {f"base_model.model.{name}" for name, _ in patched.named_parameters()}
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+                    noise = std * torch.randn(parameter.shape, generator=generator)
+                    # what the base has itself has a size that it depends on
+                    parameter.copy_(parameter + noise if name in own else noise)
     return model
 
 

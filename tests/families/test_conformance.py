@@ -180,7 +180,7 @@ def test_runs_in_bfloat16(bfloat16_error, trained, input_ids, logits, error_rati
 
 
 def test_merges_or_refuses_to(method, trained, input_ids, logits, assert_close):
-    """LoRA merges into the weights with the same logits; a state method raises an error, and stays as it is."""
+    """A change of weights merges into them with the same logits; a state method raises an error, and stays as it is."""
     if method.kind in ("full", "prompt"):
         pytest.skip("full fine-tuning and a prompt add nothing to merge into weights")
     model = copy.deepcopy(trained)
