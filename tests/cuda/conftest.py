@@ -25,8 +25,7 @@ def load_module(name: str, path: str) -> ModuleType:
 
 emulated_scan = load_module("emulated_scan", "cuda/emulated_scan.py")
 scan_inputs = load_module("ops_fixtures", "ops/conftest.py").scan_inputs
-for name in ("test_selective_scan", "test_selective_scan_oracles", "test_selective_scan_packed"):
-    load_module(f"ops_{name}", f"ops/{name}.py")
+load_module("ops_test_selective_scan", "ops/test_selective_scan.py")
 
 
 @pytest.fixture(scope="session")
