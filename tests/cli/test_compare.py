@@ -47,8 +47,24 @@ def finished(checkpoint, tmp_path_factory):
         rows = [{"prompt": f"{split} {i}", "completion": f"is {i}"} for i in range(6)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = [
-        "compare", str(checkpoint), "--task", "files", "--data-dir", str(folder), "--methods", "lora,state-offset-y",
-        "--seeds", "2", "--steps", "2", "--batch-size", "2", "--lr-grid", "1", "--out", str(folder / "out"),
+        "compare",
+        str(checkpoint),
+        "--task",
+        "files",
+        "--data-dir",
+        str(folder),
+        "--methods",
+        "lora,state-offset-y",
+        "--seeds",
+        "2",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--lr-grid",
+        "1",
+        "--out",
+        str(folder / "out"),
     ]
     assert main(arguments) == 0
     return folder / "out", arguments

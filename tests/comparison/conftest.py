@@ -48,8 +48,16 @@ def data_dir(tmp_path) -> Path:
 def small(tiny_checkpoint, data_dir) -> ComparisonConfig:
     """A comparison of seconds."""
     return ComparisonConfig(
-        model=str(tiny_checkpoint), tasks=["files"], data_dir=str(data_dir), methods=["lora", "state-offset"],
-        seeds=2, steps=3, search_steps=2, lr_factors=[1.0, 3.0], batch_size=3, evaluations=2,
+        model=str(tiny_checkpoint),
+        tasks=["files"],
+        data_dir=str(data_dir),
+        methods=["lora", "state-offset"],
+        seeds=2,
+        steps=3,
+        search_steps=2,
+        lr_factors=[1.0, 3.0],
+        batch_size=3,
+        evaluations=2,
     )
 
 
@@ -59,49 +67,110 @@ def fake(tmp_path):
 
     def write(scores, base=20.0, metric="accuracy", higher=True, failed=(), checks=(), name="made-up"):
         out = tmp_path / "comparison"
-        sizes = {"full": 5_000_000, "lora": 80_000, "prompt-tuning": 4_096, "initial-state": 49_152,
-                 "state-offset": 49_152, "state-offset-y": 3_072}
+        sizes = {
+            "full": 5_000_000,
+            "lora": 80_000,
+            "prompt-tuning": 4_096,
+            "initial-state": 49_152,
+            "state-offset": 49_152,
+            "state-offset-y": 3_072,
+        }
         rates = [0.1, 0.3, 0.9]
         names = list(scores) + [method for method in failed if method not in scores]
         description = {
-            "format": 1, "model_fingerprint": "m",
-            "config": {"model": "mamba-5m", "tasks": [name], "methods": names, "seeds": 3, "steps": 100,
-                       "search_steps": 30, "search_seeds": 1, "lr_factors": [0.333, 1, 3], "batch_size": 16,
-                       "warmup": 0.1, "autocast": False},
-            "tasks": {name: {"metric": metric, "higher_is_better": higher, "description": "a made-up task",
-                             "choices": 8, "sizes": {"train": 800, "dev": 64, "test": 256}, "fingerprint": "t",
-                             "example": "Once"}},
-            "methods": {m: {"title": m.upper(), "kind": "prompt" if m == "prompt-tuning" else "state",
-                            "learning_rates": rates} for m in names},
-            "environment": {"device": "a machine", "threads": 2, "python": "3.11", "packages": {"torch": "2"},
-                            "revision": "abc", "command": "ssmtune compare"},
+            "format": 1,
+            "model_fingerprint": "m",
+            "config": {
+                "model": "mamba-5m",
+                "tasks": [name],
+                "methods": names,
+                "seeds": 3,
+                "steps": 100,
+                "search_steps": 30,
+                "search_seeds": 1,
+                "lr_factors": [0.333, 1, 3],
+                "batch_size": 16,
+                "warmup": 0.1,
+                "autocast": False,
+            },
+            "tasks": {
+                name: {
+                    "metric": metric,
+                    "higher_is_better": higher,
+                    "description": "a made-up task",
+                    "choices": 8,
+                    "sizes": {"train": 800, "dev": 64, "test": 256},
+                    "fingerprint": "t",
+                    "example": "Once",
+                }
+            },
+            "methods": {
+                m: {"title": m.upper(), "kind": "prompt" if m == "prompt-tuning" else "state", "learning_rates": rates}
+                for m in names
+            },
+            "environment": {
+                "device": "a machine",
+                "threads": 2,
+                "python": "3.11",
+                "packages": {"torch": "2"},
+                "revision": "abc",
+                "command": "ssmtune compare",
+            },
         }
         out.mkdir()
         (out / "comparison.json").write_text(json.dumps(description))
         store = CellStore(out / "cells")
         info = {"created_at": "2026-11-20T10:00:00+00:00", "total_time": 2.0, "task": "t", "model": "m"}
         common = {"hash": "h", "status": "success", "error": None, "checks": [], "run_info": info}
-        store.write(Cell(name, "base", "base"), common | {
-            "train_info": {"num_trainable_params": 0, "num_total_params": 5_000_000, "dev_loss": 3.0,
-                           "decode_ms_per_token": 4.0},
-            "metrics": {"test": {metric: base}, "dev": {metric: base}}})
+        store.write(
+            Cell(name, "base", "base"),
+            common
+            | {
+                "train_info": {
+                    "num_trainable_params": 0,
+                    "num_total_params": 5_000_000,
+                    "dev_loss": 3.0,
+                    "decode_ms_per_token": 4.0,
+                },
+                "metrics": {"test": {metric: base}, "dev": {metric: base}},
+            },
+        )
         for method, values in scores.items():
             for lr in rates:
-                store.write(Cell(name, method, "search", lr, 1000, 30),
-                            common | {"train_info": {"dev_loss": 2.0 + abs(lr - 0.3)}})
+                store.write(
+                    Cell(name, method, "search", lr, 1000, 30),
+                    common | {"train_info": {"dev_loss": 2.0 + abs(lr - 0.3)}},
+                )
             for seed, value in enumerate(values):
-                curve = [{"step": 50, "dev_loss": 2.5 + seed / 10}, {"step": 60, "loss": 1.0},
-                         {"step": 100, "dev_loss": 2.0 + seed / 10}]
-                store.write(Cell(name, method, "final", 0.3, seed, 100), common | {
-                    "checks": list(checks),
-                    "train_info": {"num_trainable_params": sizes[method], "num_total_params": 5_100_000,
-                                   "dev_loss": 2.0, "train_time": 20.0, "tokens_per_second": 4000.0,
-                                   "peak_memory_bytes": 2**30, "file_size": 4 * sizes[method],
-                                   "decode_ms_per_token": 5.0, "curve": curve},
-                    "metrics": {"test": {metric: value, "loss": 1.5}, "dev": {metric: value}}})
+                curve = [
+                    {"step": 50, "dev_loss": 2.5 + seed / 10},
+                    {"step": 60, "loss": 1.0},
+                    {"step": 100, "dev_loss": 2.0 + seed / 10},
+                ]
+                store.write(
+                    Cell(name, method, "final", 0.3, seed, 100),
+                    common
+                    | {
+                        "checks": list(checks),
+                        "train_info": {
+                            "num_trainable_params": sizes[method],
+                            "num_total_params": 5_100_000,
+                            "dev_loss": 2.0,
+                            "train_time": 20.0,
+                            "tokens_per_second": 4000.0,
+                            "peak_memory_bytes": 2**30,
+                            "file_size": 4 * sizes[method],
+                            "decode_ms_per_token": 5.0,
+                            "curve": curve,
+                        },
+                        "metrics": {"test": {metric: value, "loss": 1.5}, "dev": {metric: value}},
+                    },
+                )
         for method in failed:
-            store.write(Cell(name, method, "final", None, 0, 100),
-                        common | {"status": "failed", "error": f"{method} <broke>\nat once", "traceback": "..."})
+            store.write(
+                Cell(name, method, "final", None, 0, 100),
+                common | {"status": "failed", "error": f"{method} <broke>\nat once", "traceback": "..."},
+            )
         return out
 
     return write

@@ -212,8 +212,11 @@ def test_config_problems_are_named_together():
         config.check()
     message = str(caught.value)
     for part in (
-        "'lorra' is unknown; did you mean 'lora'", "'e2' is unknown; did you mean 'e2e'", "full is given twice",
-        "seeds: expected at least 1, got 0", "lr_factors: expected positive numbers",
+        "'lorra' is unknown; did you mean 'lora'",
+        "'e2' is unknown; did you mean 'e2e'",
+        "full is given twice",
+        "seeds: expected at least 1, got 0",
+        "lr_factors: expected positive numbers",
     ):
         assert part in message
 

@@ -10,8 +10,12 @@ from ssmtune.report import interval_text, mean_text, print_report, with_interval
 from ssmtune.summary import Spread, summarize
 
 METHODS = {
-    "full": [70, 72, 69], "lora": [60, 62, 67], "state-offset": [61, 64, 70], "initial-state": [50, 52, 55],
-    "prompt-tuning": [30, 31, 32], "state-offset-y": [40, 44, 46],
+    "full": [70, 72, 69],
+    "lora": [60, 62, 67],
+    "state-offset": [61, 64, 70],
+    "initial-state": [50, 52, 55],
+    "prompt-tuning": [30, 31, 32],
+    "state-offset-y": [40, 44, 46],
 }
 
 
@@ -48,8 +52,12 @@ def test_write_report_writes_every_form(fake):
     assert re.search(r"\| \*\*FULL\*\* \| \*\*70\.3 ± 1\.5\*\*", text)
     assert "| Base model, not tuned | 12.5 |" in text
     for condition in (
-        "100 steps of 16 examples (2.0 passes", "times 0.333, 1, 3, 30 steps each with 1 seed",
-        "800 to train on, 64 dev, 256 test", "Guessing gives 12.5 %", "torch 2 (abc)", "a machine, 2 threads",
+        "100 steps of 16 examples (2.0 passes",
+        "times 0.333, 1, 3, 30 steps each with 1 seed",
+        "800 to train on, 64 dev, 256 test",
+        "Guessing gives 12.5 %",
+        "torch 2 (abc)",
+        "a machine, 2 threads",
     ):
         assert condition in text, condition
     assert "LORA: 1.0e-01: 2.2000, **3.0e-01: 2.0000**, 9.0e-01: 2.6000" in text

@@ -40,17 +40,25 @@ def test_rows_hold_the_statistics_of_the_cells(fake):
 
 
 def test_pareto_front_holds_what_nothing_smaller_beats(fake):
-    out = fake({
-        "full": [70, 70], "lora": [60, 60], "state-offset": [65, 65], "initial-state": [61, 61],
-        "prompt-tuning": [30, 30], "state-offset-y": [40, 40],
-    })
+    out = fake(
+        {
+            "full": [70, 70],
+            "lora": [60, 60],
+            "state-offset": [65, 65],
+            "initial-state": [61, 61],
+            "prompt-tuning": [30, 30],
+            "state-offset-y": [40, 40],
+        }
+    )
     assert [row.name for row in summarize(out).tasks[0].pareto()] == ["state-offset-y", "state-offset", "full"]
 
 
 def test_pareto_front_where_lower_is_better(fake):
     out = fake(
         {"full": [20, 20], "lora": [21, 21], "state-offset": [25, 25], "state-offset-y": [24, 24]},
-        base=40.0, metric="perplexity", higher=False,
+        base=40.0,
+        metric="perplexity",
+        higher=False,
     )
     task = summarize(out).tasks[0]
     assert [row.name for row in task.pareto()] == ["state-offset-y", "lora", "full"]

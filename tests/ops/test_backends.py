@@ -37,10 +37,7 @@ def test_available_backends():
         assert list(listed) == ["cuda", "triton", "cpu", "reference"]
         assert listed["reference"] is None
         if not torch.cuda.is_available():
-            assert listed["cuda"] in (
-                f"no GPU found (torch {torch.__version__})",
-                f"no CUDA kernel for {op} in this version",
-            )
+            assert listed["cuda"] == f"no GPU found (torch {torch.__version__})"
         assert listed["cpu"] == native.why_not()
 
 

@@ -39,8 +39,12 @@ def greedy(model, prompt_embeddings, embed, tokens, count):
 
 def generate(model, tokens, count, **options):
     output = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False,
-        eos_token_id=None, **options,
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        **options,
     )
     return output[0, tokens.shape[1] :].tolist()
 
@@ -99,7 +103,9 @@ def test_saved_prompt_loads_through_peft(model, tokenizer, tiny_checkpoint, tmp_
     expected = generate_texts(model, tokenizer, PROMPTS, 10)
     save_weights(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors"
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
     ]
     repaired = repair(PeftModel.from_pretrained(base, tmp_path))
     assert generate_texts(repaired, tokenizer, PROMPTS, 10) == expected
@@ -130,7 +136,10 @@ def test_disabled_prompt_is_the_base(model):
         assert torch.equal(model(input_ids=tokens).logits, model.base_model(input_ids=tokens).logits)
         inside = generate(model, tokens[:1], 4)
     base = model.base_model.generate(
-        input_ids=tokens[:1], attention_mask=torch.ones_like(tokens[:1]), max_new_tokens=4, do_sample=False,
+        input_ids=tokens[:1],
+        attention_mask=torch.ones_like(tokens[:1]),
+        max_new_tokens=4,
+        do_sample=False,
         eos_token_id=None,
     )
     assert inside == base[0, 6:].tolist()

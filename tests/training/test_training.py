@@ -118,7 +118,12 @@ def test_run_directory_holds_what_it_promises(tiny_checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
     _, _, result = run(tiny_checkpoint, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "adapter", "checkpoints", "loss.png", "metrics.jsonl", "samples.md", "summary.json"
+        "adapter",
+        "checkpoints",
+        "loss.png",
+        "metrics.jsonl",
+        "samples.md",
+        "summary.json",
     ]
     rows = lines(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8, 10, 12]
@@ -151,9 +156,19 @@ def test_best_weights_are_kept(tiny_checkpoint, tmp_path):
     assert -sum(s.log_likelihood for s in scores) / sum(s.tokens for s in scores) == pytest.approx(dev[best], rel=1e-5)
 
 
-@pytest.mark.parametrize("method, keep", [("lora", "best"), ("prompt-tuning", "last"), ("state-offset", "last"),
-                                          ("full", "best"), ("bitfit", "best"), ("p-tuning", "last"),
-                                          ("lora+state-offset", "best"), ("prefix-tuning", "last")])
+@pytest.mark.parametrize(
+    "method, keep",
+    [
+        ("lora", "best"),
+        ("prompt-tuning", "last"),
+        ("state-offset", "last"),
+        ("full", "best"),
+        ("bitfit", "best"),
+        ("p-tuning", "last"),
+        ("lora+state-offset", "best"),
+        ("prefix-tuning", "last"),
+    ],
+)
 def test_interrupted_run_resumes_to_the_same_weights(tiny_checkpoint, tmp_path, method, keep):
     config = dataclasses.replace(CONFIG, keep=keep)
     options = {"dropout": 0.3} if method == "lora" else None
