@@ -235,7 +235,7 @@ def _print_report(directory, result) -> None:
     from ssmtune.memory import readable
 
     weights = directory.adapter if directory.adapter.is_dir() else directory.model
-    size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weights.rglob("*.safetensors"))
     dev = "none" if result.dev_loss is None else f"{result.dev_loss:.4f}"
     if result.kept_step != result.steps:
         dev += f" (weights of step {result.kept_step}, the best)"

@@ -28,10 +28,17 @@ def p_tuning(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 
 
 def prefix_tuning(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """Train vectors that enter every mixer before a text."""
-    from ssmtune.methods.states import add_initial_state
+    """Train vectors that enter every mixer before a text, first as what it sees of random tokens there."""
+    import torch
 
-    return add_initial_state(model, {"virtual_tokens": VIRTUAL_TOKENS} | dict(options))
+    from ssmtune.methods.states import add_initial_state
+    from ssmtune.tuners.initial_state import prefix_from_tokens
+
+    count = options.get("virtual_tokens", VIRTUAL_TOKENS)
+    adapted = add_initial_state(model, {**options, "virtual_tokens": count})
+    tokens = torch.randint(model.config.vocab_size, (1, count)).to(model.get_input_embeddings().weight.device)
+    prefix_from_tokens(adapted, tokens)
+    return adapted
 
 
 PROMPT_METHODS = (

@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import ssmtune
 from ssmtune import InitialStateConfig
 from ssmtune.mixers import find_mixers
+from ssmtune.tuners.initial_state import prefix_from_tokens
 
 
 def adapted(model, tokens, hidden=None, **options):
@@ -23,7 +24,9 @@ def with_tokens_in_front(model, input_ids):
     base = copy.deepcopy(model).unload()
     ssmtune.patch(base)
     for (_, mixer), prefix in zip(find_mixers(base), prefixes(model), strict=True):
-        tokens = prefix.tokens if prefix.inner is None else prefix.outer(torch.tanh(prefix.inner(prefix.tokens)))
+        tokens = prefix.tokens
+        if prefix.inner is not None:
+            tokens = tokens + prefix.outer(torch.tanh(prefix.inner(tokens)))
         count = tokens.shape[0]
 
         def prepend(_, args, kwargs, tokens=tokens):
@@ -39,6 +42,9 @@ def with_tokens_in_front(model, input_ids):
 @pytest.mark.parametrize("hidden", [None, 5])
 def test_the_state_is_what_the_virtual_tokens_leave(tiny_mamba, assert_close, tmp_path, tokens, hidden):
     model = adapted(tiny_mamba, tokens, hidden)
+    if hidden is not None:
+        for prefix in prefixes(model):
+            torch.nn.init.normal_(prefix.outer.weight)
     input_ids = torch.randint(0, 64, (2, 6))
     expected = with_tokens_in_front(model, input_ids)
     actual = model(input_ids=input_ids).logits
@@ -111,6 +117,17 @@ def test_options_that_do_not_fit_are_refused():
         InitialStateConfig(virtual_tokens=4, rank=2)
     with pytest.raises(ValueError, match="virtual_tokens must be None or an integer of at least 1, got 0"):
         InitialStateConfig(virtual_tokens=0)
+
+
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_it_can_start_as_if_the_model_had_read_a_text(tiny_mamba, assert_close, hidden):
+    ssmtune.patch(tiny_mamba)
+    text, input_ids = torch.randint(0, 64, (1, 7)), torch.randint(0, 64, (2, 5))
+    with torch.no_grad():
+        expected = tiny_mamba(input_ids=torch.cat([text.expand(2, -1), input_ids], dim=1)).logits[:, 7:]
+        model = adapted(tiny_mamba, 7, hidden)
+        prefix_from_tokens(model, text)
+        assert_close("logits", expected, model(input_ids=input_ids).logits, 1e-5)
 
 
 def test_a_text_cannot_become_virtual_tokens(tiny_mamba):

@@ -69,6 +69,32 @@ def initial_state_from_text(model: nn.Module, tokenizer: Any, text: str, adapter
 
 
 @torch.no_grad()
+def prefix_from_tokens(model: nn.Module, input_ids: torch.Tensor) -> None:
+    """Let virtual tokens begin as what each mixer sees of a text: the model then starts as if it had read it.
+
+    Args:
+        model: a model with an adapter of Initial State Tuning with `virtual_tokens`.
+        input_ids: (1, virtual_tokens).
+    """
+    mixers = _adapted_mixers(model)
+    seen: list[torch.Tensor] = []
+
+    def see(_, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [mixer.register_forward_pre_hook(see, with_kwargs=True) for mixer, _ in mixers]
+    try:
+        with _as_base(model, [layer for _, layer in mixers]):
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (_, layer), hidden_states in zip(mixers, seen, strict=True):
+        for prefix in layer.initial_state_prefix.values():
+            prefix.tokens.copy_(hidden_states[0])
+
+
+@torch.no_grad()
 def starting_cache(model: nn.Module, batch_size: int = 1) -> Cache:
     """Put the active adapters of Initial State Tuning into a transformers cache.
 

@@ -9,7 +9,7 @@ class Prefix(nn.Module):
 
     All that a text sees of them is the state and the inputs of the convolution that they leave behind:
 
-        h_0, conv = mixer.states_after(tokens)                       or of outer(tanh(inner(tokens)))
+        h_0, conv = mixer.states_after(tokens)        or of tokens + outer(tanh(inner(tokens))), outer zero at first
 
     Args:
         mixer: the mixer that they enter.
@@ -23,12 +23,14 @@ class Prefix(nn.Module):
         # In a tuple, so that the mixer does not become a child of its own descendant.
         self.mixer = (mixer,)
         size = mixer.out_proj.out_features
-        # As large as what the norm before a mixer gives: near zero the state is quadratic in them, and stays there.
+        # As large as what the norm before a mixer gives; `prefix_from_tokens` has better ones.
         self.tokens = nn.Parameter(torch.randn(tokens, size, device=device))
         self.inner = self.outer = None
         if hidden is not None:
             self.inner = nn.Linear(size, hidden, device=device)
             self.outer = nn.Linear(hidden, size, device=device)
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
         self._folded: tuple[list[tuple[int, int]], dict[str, Tensor]] | None = None
 
     def forward(self) -> dict[str, Tensor]:
@@ -43,6 +45,8 @@ class Prefix(nn.Module):
 
     def _run(self) -> dict[str, Tensor]:
         (mixer,) = self.mixer
-        tokens = self.tokens if self.inner is None else self.outer(torch.tanh(self.inner(self.tokens)))
+        tokens = self.tokens
+        if self.inner is not None:
+            tokens = tokens + self.outer(torch.tanh(self.inner(tokens)))
         state, conv = mixer.states_after(tokens.unsqueeze(0).to(mixer.out_proj.weight.dtype))
         return {"h": state[0], "conv": conv[0]}
