@@ -74,7 +74,9 @@ class TrainConfig:
     clip: float = _option(1.0, "largest gradient norm", above=0)
     seed: int = _option(0, "seed of initialisation, data order and dropout", minimum=0)
     dtype: str = _option(
-        "float32", "type of the base weights; adapters are always float32", choices=("float32", "bfloat16")
+        "float32",
+        "type of the model's weights, also of those trained in place; adapters are float32",
+        choices=("float32", "bfloat16"),
     )
     autocast: bool = _option(False, "compute in bfloat16 from float32 weights: faster where the processor can")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: slower, less memory")
