@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "causal_conv1d_update.h"
 #include "gradient.h"
 #include "tasks.h"
 
@@ -75,18 +76,7 @@ void causal_conv1d_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, 
 
 Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
                             bool silu) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must have shape (batch, dim) and weight (dim, width)");
-  CausalConv1dUpdate p{};
-  p.batch = x.size(0), p.dim = x.size(1), p.width = weight.size(1);
-  check_sizes({p.batch, p.dim, p.width});
-  const Tensor out = torch::stable::new_empty(x, {p.batch, p.dim});
-  p.x = strided(x, "x", {p.batch, p.dim});
-  p.out = strided(out, "out", {p.batch, p.dim});
-  p.state = strided(conv_state, "conv_state", {p.batch, p.dim, p.width - 1});
-  check_not_expanded(conv_state, "conv_state");
-  p.weight = strided(weight, "weight", {p.dim, p.width});
-  if (bias) p.bias = strided(*bias, "bias", {p.dim});
-  p.silu = silu;
+  const auto [p, out] = causal_conv1d_update_arguments(x, conv_state, weight, bias, silu);
   run_update(kernels().causal_conv1d_update, p, p.batch * p.dim * p.width);
   return out;
 }

@@ -1,5 +1,6 @@
 #include "cuda/causal_conv1d.h"
 
+#include "causal_conv1d_update.h"
 #include "cuda/binding.h"
 
 namespace ssmtune::cuda {
@@ -66,18 +67,7 @@ void bwd(const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& 
 
 Tensor update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias, bool silu) {
   const Place place(x, conv_state, weight, bias);
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must have shape (batch, dim) and weight (dim, width)");
-  CausalConv1dUpdate p{};
-  p.batch = x.size(0), p.dim = x.size(1), p.width = weight.size(1);
-  check_sizes({p.batch, p.dim, p.width});
-  const Tensor out = torch::stable::new_empty(x, {p.batch, p.dim});
-  p.x = strided(x, "x", {p.batch, p.dim});
-  p.out = strided(out, "out", {p.batch, p.dim});
-  p.state = strided(conv_state, "conv_state", {p.batch, p.dim, p.width - 1});
-  check_not_expanded(conv_state, "conv_state");
-  p.weight = strided(weight, "weight", {p.dim, p.width});
-  if (bias) p.bias = strided(*bias, "bias", {p.dim});
-  p.silu = silu;
+  const auto [p, out] = causal_conv1d_update_arguments(x, conv_state, weight, bias, silu);
   check_launch("causal_conv1d_update", causal_conv1d_update(p, place.stream()));
   return out;
 }

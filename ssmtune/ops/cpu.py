@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
+from ssmtune.ops.packing import n_kept_states
 
 kernels = torch.ops.ssmtune_native
 
@@ -19,11 +20,9 @@ def chunk_states_shape(
     batch: int, dim: int, seqlen: int, dstate: int, groups: int, n_sequences: int | None
 ) -> tuple[int, ...]:
     """Return the shape of the buffer in which the forward scan keeps the state between chunks for the backward scan."""
-    # n steps have (n - 1) // CHUNK_SIZE states between chunks, and several sequences together at most this many
-    n_chunks = (seqlen - (1 if n_sequences is None else n_sequences)) // CHUNK_SIZE
     # the channels of each group begin with a block of their own
     padded = (dim // groups + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK * CHANNEL_BLOCK
-    return batch, n_chunks, groups * padded, dstate
+    return batch, n_kept_states(seqlen, n_sequences, CHUNK_SIZE), groups * padded, dstate
 
 
 def selective_scan_forward(

@@ -14,6 +14,7 @@ from ssmtune.ops.cpu import (
     selective_scan_forward,
     selective_state_update,
 )
+from ssmtune.ops.packing import n_kept_states
 
 __all__ = [
     "causal_conv1d_backward",
@@ -35,9 +36,7 @@ def chunk_states_shape(
     batch: int, dim: int, seqlen: int, dstate: int, groups: int, n_sequences: int | None
 ) -> tuple[int, ...]:
     """Return the shape of the buffer in which the forward scan keeps the state between chunks for the backward scan."""
-    # n steps have (n - 1) // CHUNK_SIZE states between chunks, and several sequences together at most this many
-    n_chunks = (seqlen - (1 if n_sequences is None else n_sequences)) // CHUNK_SIZE
-    return batch * n_chunks, dim, dstate
+    return batch * n_kept_states(seqlen, n_sequences, CHUNK_SIZE), dim, dstate
 
 
 def why_not_conv(why_not_packaged: str | None, width: int) -> str | None:

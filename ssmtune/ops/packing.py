@@ -56,3 +56,8 @@ def sequence_bounds(op: str, cu_seqlens: Tensor, seqlen: int) -> list[int]:
             "  Every step belongs to a sequence. Pass padding at the end as a sequence of its own, or cut it off."
         )
     return bounds
+
+
+def n_kept_states(seqlen: int, n_sequences: int | None, chunk_size: int) -> int:
+    """Count the states kept between chunks: n steps have (n - 1) // chunk_size, several sequences at most this many."""
+    return (seqlen - (1 if n_sequences is None else n_sequences)) // chunk_size

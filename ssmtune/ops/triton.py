@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
-from ssmtune.ops.packing import sequence_bounds
+from ssmtune.ops.packing import n_kept_states, sequence_bounds
 
 WIDEST_FILTER = 8
 
@@ -23,9 +23,7 @@ def chunk_states_shape(
     """Return the shape of the buffer in which the forward scan keeps the state between chunks for the backward scan."""
     from ssmtune.triton_kernels.selective_scan import CHUNK_SIZE
 
-    # n steps have (n - 1) // CHUNK_SIZE states between chunks, and several sequences together at most this many
-    n_chunks = (seqlen - (1 if n_sequences is None else n_sequences)) // CHUNK_SIZE
-    return batch, n_chunks, dim, dstate
+    return batch, n_kept_states(seqlen, n_sequences, CHUNK_SIZE), dim, dstate
 
 
 def selective_scan_forward(
