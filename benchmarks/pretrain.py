@@ -1,8 +1,9 @@
-"""Pre-trains the small Mamba that ships with ssmtune, on the project's own kernels.
+"""Pre-trains the small base models that ship with ssmtune, all on the same tokens in the same order.
 
-    python -m benchmarks.pretrain --data wiki_en_slice.jsonl.xz --out runs/pretrain --tokens 40e6
-    python -m benchmarks.pretrain --out runs/pretrain --tokens 60e6            # goes on where it stopped, to a new end
-    python -m benchmarks.pretrain --out runs/pretrain --export ssmtune/checkpoints/mamba-5m
+    python -m benchmarks.pretrain mamba --data wiki_en_slice.jsonl.xz --out runs/pretrain --tokens 20e6
+    python -m benchmarks.pretrain mamba --out runs/pretrain --tokens 60e6      # goes on where it stopped, to a new end
+    python -m benchmarks.pretrain llama --out runs/pretrain --tokens 20e6      # another one on the data prepared there
+    python -m benchmarks.pretrain mamba --out runs/pretrain --export ssmtune/checkpoints/mamba-5m
 
 The learning rate warms up, stays, and falls linearly to zero over the last fifth of the tokens, so that a run can be
 given a new end as long as it has not begun to fall. Ctrl-C writes a checkpoint; a killed run goes on from the last one.
@@ -27,12 +28,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import ssmtune
+from benchmarks.base_models import ARCHITECTURES, SEED, VOCAB_SIZE, build_model, describe
+from ssmtune.mixers import find_mixers
 
 END_OF_TEXT = "<|endoftext|>"
-VOCAB_SIZE = 8192
 SEQLEN = 512
 BATCH = 16
 MICRO_BATCH = 2  # small enough for the activations of a layer to stay in the cache
@@ -40,7 +42,6 @@ HELD_OUT_ARTICLES = 400
 PEAK_LR = 3e-3
 WARMUP_STEPS = 150
 DECAY_FRACTION = 0.2
-SEED = 0
 
 
 def read_articles(path: Path) -> Iterator[str]:
@@ -87,22 +88,7 @@ def prepare(data: Path, out: Path) -> None:
     )
 
 
-def build_model() -> MambaForCausalLM:
-    torch.manual_seed(SEED)
-    config = MambaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        num_hidden_layers=8,
-        state_size=16,
-        rescale_prenorm_residual=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return MambaForCausalLM(config)
-
-
-def build_optimizer(model: MambaForCausalLM) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """Weight decay on matrices only; never on A_log, D, norms or biases."""
     decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("A_log")]
     rest = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("A_log")]
@@ -131,12 +117,12 @@ def batch_of(tokens: np.ndarray, step: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def next_token_loss(model: MambaForCausalLM, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+def next_token_loss(model: PreTrainedModel, batch: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     logits = model(batch[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction=reduction)
 
 
-def backward(model: MambaForCausalLM, batch: torch.Tensor) -> float:
+def backward(model: PreTrainedModel, batch: torch.Tensor) -> float:
     """Accumulates the gradient of the batch's mean loss and returns that loss."""
     mean = 0.0
     for rows in batch.split(MICRO_BATCH):
@@ -148,7 +134,7 @@ def backward(model: MambaForCausalLM, batch: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: MambaForCausalLM, tokens: np.ndarray, windows: int | None = None) -> tuple[float, int]:
+def held_out_loss(model: PreTrainedModel, tokens: np.ndarray, windows: int | None = None) -> tuple[float, int]:
     """Summed cross entropy (nats) over windows of SEQLEN tokens, and how many tokens that is."""
     model.eval()
     n = (len(tokens) - 1) // SEQLEN
@@ -162,7 +148,7 @@ def held_out_loss(model: MambaForCausalLM, tokens: np.ndarray, windows: int | No
     return total, n * SEQLEN
 
 
-def save_checkpoint(out: Path, model: MambaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
+def save_checkpoint(out: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW, step: int) -> None:
     """One file each for weights and optimizer; state.json is written last and names the step they belong to."""
     (out / "state.json").unlink(missing_ok=True)
     save_file({n: p.detach() for n, p in model.named_parameters()}, out / "model.safetensors")
@@ -170,7 +156,7 @@ def save_checkpoint(out: Path, model: MambaForCausalLM, optimizer: torch.optim.A
     (out / "state.json").write_text(json.dumps({"step": step, "tokens": step * BATCH * SEQLEN}))
 
 
-def rotate_checkpoint(out: Path, model: MambaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
+def rotate_checkpoint(out: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW, step: int) -> None:
     """Writes beside the last checkpoint, then takes its place, so that a kill never leaves a broken one."""
     new, last, old = (out / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
     new.mkdir(exist_ok=True)
@@ -182,7 +168,7 @@ def rotate_checkpoint(out: Path, model: MambaForCausalLM, optimizer: torch.optim
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(out: Path, model: MambaForCausalLM, optimizer: torch.optim.AdamW | None = None) -> int:
+def load_checkpoint(out: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW | None = None) -> int:
     for name in ("checkpoint", "checkpoint.old"):
         directory = out / name
         if (directory / "state.json").exists():
@@ -194,13 +180,17 @@ def load_checkpoint(out: Path, model: MambaForCausalLM, optimizer: torch.optim.A
     return 0
 
 
-def train(out: Path, tokens_wanted: float, checkpoint_minutes: float) -> None:
-    train_tokens = np.load(out / "train.npy", mmap_mode="r")
-    held_out = np.load(out / "held_out.npy")
-    model = build_model().train()
+def train(architecture: str, data: Path, tokens_wanted: float, checkpoint_minutes: float) -> None:
+    train_tokens = np.load(data / "train.npy", mmap_mode="r")
+    held_out = np.load(data / "held_out.npy")
+    out = data / architecture
+    out.mkdir(exist_ok=True)
+    model = build_model(architecture).train()
     optimizer = build_optimizer(model)
     first = load_checkpoint(out, model, optimizer)
-    print(ssmtune.patch(model), f"· {model.num_parameters():,} parameters · {len(train_tokens):,} training tokens")
+    if find_mixers(model):
+        print(ssmtune.patch(model))
+    print(f"{architecture}: {model.num_parameters():,} parameters · {len(train_tokens):,} training tokens")
 
     steps = math.ceil(tokens_wanted / (BATCH * SEQLEN))
     saved = started = time.monotonic()
@@ -241,11 +231,11 @@ license: cc-by-sa-3.0
 language: en
 ---
 
-# mamba-5m
+# {name}
 
-A Mamba language model of {parameters:,} parameters (8 layers, width 256, state size 16, tied embeddings, byte-level
-BPE of {vocab:,} tokens), small enough to fine-tune on a laptop. It ships with ssmtune to show and test the methods;
-it is not meant for use.
+A language model of architecture `{architecture}`, {parameters:,} parameters ({shape}; byte-level BPE of {vocab:,}
+tokens), small enough to fine-tune on a laptop. It ships with ssmtune to show, test and compare the methods; it is not
+meant for use.
 
 | | |
 |---|---|
@@ -254,24 +244,28 @@ it is not meant for use.
 | held out | {held_out_articles} articles, {held_out_tokens:,} tokens |
 | held-out perplexity | {perplexity:.2f} per token, {bits_per_byte:.3f} bits per byte (float16 weights) |
 | optimizer | AdamW, {lr} constant, then linear to 0 over the last fifth; batch {batch} x {seqlen}; bfloat16 autocast |
-| made by | `python -m benchmarks.pretrain`, learning curve in `benchmarks/results/pretrain-mamba-5m.jsonl` |
+| made by | `python -m benchmarks.pretrain {architecture}`; curve in `benchmarks/results/pretrain-{name}.jsonl` |
 """
 
 
-def export(out: Path, destination: Path) -> None:
+def export(architecture: str, data: Path, destination: Path) -> None:
     """Writes the last checkpoint as a float16 model with its tokenizer and card, measured as written."""
-    model = build_model()
-    step = load_checkpoint(out, model)
+    model = build_model(architecture)
+    step = load_checkpoint(data / architecture, model)
     model.half().save_pretrained(destination)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     tokenizer.save_pretrained(destination)
 
-    model = MambaForCausalLM.from_pretrained(destination, dtype=torch.float32)
-    ssmtune.patch(model)
-    held_out, corpus = np.load(out / "held_out.npy"), json.loads((out / "corpus.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float32)
+    if find_mixers(model):
+        ssmtune.patch(model)
+    held_out, corpus = np.load(data / "held_out.npy"), json.loads((data / "corpus.json").read_text())
     total, count = held_out_loss(model, held_out)
-    train_tokens = len(np.load(out / "train.npy", mmap_mode="r"))
+    train_tokens = len(np.load(data / "train.npy", mmap_mode="r"))
     card = CARD.format(
+        name=destination.name,
+        architecture=architecture,
+        shape=describe(model.config),
         parameters=model.num_parameters(),
         vocab=VOCAB_SIZE,
         articles=corpus["articles"],
@@ -292,21 +286,24 @@ def export(out: Path, destination: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", choices=list(ARCHITECTURES))
     parser.add_argument("--data", type=Path, help="JSON lines with title and text, plain or xz; needed once")
-    parser.add_argument("--out", type=Path, required=True, help="working directory")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="working directory: the prepared data, and a folder for each model"
+    )
     parser.add_argument("--tokens", type=float, default=40e6, help="tokens to have seen at the end")
     parser.add_argument("--checkpoint-minutes", type=float, default=5)
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the shipped model from the last checkpoint")
     args = parser.parse_args()
     if args.export:
-        export(args.out, args.export)
+        export(args.architecture, args.out, args.export)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data:
         prepare(args.data, args.out)
     elif not (args.out / "corpus.json").exists():
         parser.error(f"{args.out} holds no prepared data: pass --data once")
-    train(args.out, args.tokens, args.checkpoint_minutes)
+    train(args.architecture, args.out, args.tokens, args.checkpoint_minutes)
 
 
 if __name__ == "__main__":
