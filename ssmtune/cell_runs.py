@@ -25,7 +25,7 @@ from ssmtune.config import EvalConfig, TrainConfig
 from ssmtune.data import Collator, encode_all
 from ssmtune.generation import pad_id, target_log_likelihood
 from ssmtune.methods import apply_method, get_method
-from ssmtune.prechecks import run_prechecks, text_logits
+from ssmtune.prechecks import run_prechecks
 from ssmtune.run_directory import whole_folder, write_json
 from ssmtune.tasks.task import Task
 from ssmtune.training import parameter_counts, save_weights, train
@@ -71,10 +71,6 @@ class TaskRuns:
     def _tokens_per_example(self) -> float:
         sample = encode_all(self.tokenizer, self.task.train[:200], self.task.max_length)
         return sample.tokens / len(sample)
-
-    @cached_property
-    def _base_logits(self):
-        return text_logits(self.base, self.batch)
 
     def measure_base(self) -> dict[str, Any]:
         """The record of the model as it is."""
@@ -146,15 +142,18 @@ class TaskRuns:
         return {"test": self.task.evaluate(model, self.tokenizer, self.task.test, EVALUATION_BATCH)}
 
     def _checked(self, method: str, model: nn.Module) -> list[dict[str, Any]]:
-        """The pre-checks of a method, made once."""
+        """The pre-checks of a method, made once.
+
+        Raises:
+            RuntimeError: one fails, so that the method may not be trained.
+        """
         if method not in self.checks:
-            checks = run_prechecks(
-                model, self.tokenizer, get_method(method), self.batch, self.prompts, self._base_logits
-            )
+            checks = run_prechecks(model, self.base, self.tokenizer, get_method(method), self.batch, self.prompts)
             self.checks[method] = [asdict(check) for check in checks]
-            for check in checks:
-                if check.passed is False:
-                    self.progress.note(f"warning: {method} fails the check of its {check.name}: {check.detail}")
+        if red := [f"{check['name']}: {check['detail']}" for check in self.checks[method] if check["passed"] is False]:
+            raise RuntimeError(
+                f"{method} was not trained on {type(self.base).__name__}, since it fails its check of {'; '.join(red)}"
+            )
         return self.checks[method]
 
     def _keep_if_best(self, model: nn.Module, cell: Cell, dev_loss: float | None) -> int:

@@ -249,6 +249,9 @@ def _pick(
         losses[cell.lr].append(math.inf if loss is None or math.isnan(loss) else loss)
     best = min(rates, key=lambda lr: statistics.mean(losses[lr]))
     if math.isinf(statistics.mean(losses[best])):
+        errors = {record["error"] for record in records}
+        if len(errors) == 1 and None not in errors:
+            return None, errors.pop()
         first = next((record["error"] for record in records if record["error"]), "the dev loss is not finite")
         return None, f"no learning rate of the search gave a finite dev loss; the first problem: {first}"
     return best, None

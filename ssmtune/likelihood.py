@@ -44,9 +44,11 @@ def target_losses(model: nn.Module, batch: Mapping[str, Tensor], base: nn.Module
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many positions prompt tuning puts in front of each text."""
+    """How many positions prompt tuning puts in front of each text; prefix tuning puts none, but fills the cache."""
     config = getattr(model, "active_peft_config", None)
-    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+    if config is None or not config.is_prompt_learning or config.peft_type == "PREFIX_TUNING":
+        return 0
+    return config.num_virtual_tokens
 
 
 def _innermost(model: nn.Module) -> nn.Module:

@@ -117,9 +117,9 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def portable_name(place: str) -> str:
+def portable_name(place: str | None) -> str | None:
     """The name of a model in the package by its path, which is another on every machine; any other place as it is."""
-    path = Path(place)
+    path = Path(place or "")
     return path.name if path.parent == CHECKPOINTS else place
 
 

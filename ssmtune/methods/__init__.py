@@ -14,6 +14,7 @@ from ssmtune.methods.low_rank import LOW_RANK_METHODS
 from ssmtune.methods.method import Method
 from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
 from ssmtune.methods.prompts import PROMPT_METHODS
+from ssmtune.methods.rescaling import RESCALING_METHODS
 from ssmtune.methods.states import STATE_METHODS
 
 if TYPE_CHECKING:
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (*OWN_WEIGHT_METHODS, *LOW_RANK_METHODS, *PROMPT_METHODS, *STATE_METHODS, *COMBINED_METHODS)
+    for method in (
+        *OWN_WEIGHT_METHODS,
+        *LOW_RANK_METHODS,
+        *RESCALING_METHODS,
+        *PROMPT_METHODS,
+        *STATE_METHODS,
+        *COMBINED_METHODS,
+    )
 }
 
 # What a comparison runs unless told otherwise: one of each sort.
@@ -64,7 +72,7 @@ def apply_method(model: nn.Module, name: str, options: Mapping[str, Any] | None 
         The model to train: a PeftModel, or the model itself for `full`.
 
     Raises:
-        ConfigError: an unknown method or an option that it does not have.
+        ConfigError: an unknown method, an option that it does not have, or a model that it does not fit.
     """
     import torch
 
@@ -73,6 +81,11 @@ def apply_method(model: nn.Module, name: str, options: Mapping[str, Any] | None 
     method = get_method(name)
     options = {key: value for key, value in (options or {}).items() if value is not None}
     _reject_foreign(method, options)
+    if (reason := method.needs(model)) is not None:
+        fitting = ", ".join(other.name for other in METHODS.values() if other.needs(model) is None)
+        raise ConfigError(
+            f"method {name!r} does not apply to {type(model).__name__}: {reason}.\n  Methods that do: {fitting}."
+        )
     with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         return method.apply(model, options)

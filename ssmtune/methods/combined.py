@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmtune.methods.low_rank import add_lora
 from ssmtune.methods.method import Method
+from ssmtune.methods.needs import state_mixers
 from ssmtune.methods.states import add_initial_state, add_state_offset
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ def _layers(options: Mapping[str, Any]) -> dict[str, Any]:
 COMBINED_METHODS = (
     Method(
         "lora+state-offset", "LoRA and State-offset Tuning (h)", 1e-3, "weights", lora_and_state_offset,
-        ("rank", "alpha", "dropout", "target_modules", "layers"),
+        ("rank", "alpha", "dropout", "target_modules", "layers"), state_mixers,
     ),
     Method(
         "initial-state+state-offset", "Initial State and State-offset Tuning (h)", 5e-4, "state",
-        initial_state_and_state_offset, ("layers", "conv_state"),
+        initial_state_and_state_offset, ("layers", "conv_state"), state_mixers,
     ),
 )  # fmt: skip

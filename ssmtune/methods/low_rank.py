@@ -6,30 +6,26 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ssmtune.config import ConfigError
 from ssmtune.methods.method import Method
+from ssmtune.methods.needs import modules
 
 if TYPE_CHECKING:
     from torch import nn
 
 # The projections of a Mamba mixer in which LoRA trains: a patched mixer calls each of them as a module.
-# out_proj is left out because peft refuses it on Mamba.
+# out_proj is left out because peft refuses it on Mamba. A model without any gets LoRA in every linear layer but its
+# head, as in Dettmers et al., QLoRA, 2023, section 4: of GPT-NeoX query_key_value, dense, dense_h_to_4h and
+# dense_4h_to_h, of Llama q, k, v, o, gate, up and down_proj.
 LORA_TARGETS = ("in_proj", "x_proj", "dt_proj")
 # Those among them that make what the recurrence reads: B, C and the time step.
 S6_TARGETS = ("x_proj", "dt_proj")
 LORA_RANK = 8
 
 
-def lora_targets(model: nn.Module, targets: Sequence[str] = LORA_TARGETS) -> list[str]:
-    """The projections of this model's mixers that LoRA adapts unless told otherwise."""
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    found = [name for name in targets if name in present]
-    if not found:
-        raise ConfigError(
-            f"lora: none of {', '.join(targets)} is in {type(model).__name__}.\n"
-            "  These are the projections of a Mamba mixer. Name the modules with --method.target_modules."
-        )
-    return found
+def lora_targets(model: nn.Module, targets: Sequence[str] = LORA_TARGETS) -> list[str] | str:
+    """The modules that LoRA adapts unless told otherwise, as peft's `target_modules`."""
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [name for name in targets if name in present] or "all-linear"
 
 
 def add_lora(
@@ -48,7 +44,7 @@ def add_lora(
         r=rank,
         lora_alpha=options.get("alpha", rank),
         lora_dropout=options.get("dropout", 0.0),
-        target_modules=list(options.get("target_modules") or lora_targets(model, targets)),
+        target_modules=options.get("target_modules") or lora_targets(model, targets),
         layers_to_transform=options.get("layers"),
         **settings,
     )
@@ -61,7 +57,7 @@ LOW_RANK_METHODS = (
     Method("lora", "LoRA", 2e-3, "weights", add_lora, _OPTIONS),
     Method(
         "lora-s6", "LoRA on the S6 projections", 2e-3, "weights", partial(add_lora, targets=S6_TARGETS),
-        ("rank", "alpha", "dropout", "layers"),
+        ("rank", "alpha", "dropout", "layers"), modules(*S6_TARGETS),
     ),
     Method("dora", "DoRA", 2e-3, "weights", partial(add_lora, use_dora=True), _OPTIONS),
 )  # fmt: skip

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ssmtune.methods.needs import Need, nothing
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,6 +22,7 @@ class Method:
             at random; every other kind starts as the base model.
         apply: makes a model ready to be trained, given the options that are not left at their defaults.
         options: the keys of MethodConfig that mean something to it.
+        needs: of a model; says why one cannot be trained so, or None if it can.
     """
 
     name: str
@@ -28,3 +31,4 @@ class Method:
     kind: Literal["state", "prompt", "weights", "full"]
     apply: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
     options: tuple[str, ...] = ()
+    needs: Need = nothing

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.methods.method import Method
+from ssmtune.methods.needs import state_mixers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,14 +43,17 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
 _OPTIONS = ("rank", "alpha", "dropout", "layers", "reparametrize")
 
 STATE_METHODS = (
-    Method("initial-state", "Initial State Tuning", 2e-3, "state", add_initial_state, (*_OPTIONS, "conv_state")),
-    Method("state-offset", "State-offset Tuning (h)", 2e-4, "state", add_state_offset, _OPTIONS),
+    Method(
+        "initial-state", "Initial State Tuning", 2e-3, "state",
+        add_initial_state, (*_OPTIONS, "conv_state"), state_mixers,
+    ),
+    Method("state-offset", "State-offset Tuning (h)", 2e-4, "state", add_state_offset, _OPTIONS, state_mixers),
     Method(
         "state-offset-low-rank", "State-offset Tuning (h), low rank", 1e-3, "state",
-        partial(add_state_offset, rank=LOW_RANK), ("rank", "alpha", "dropout", "layers"),
+        partial(add_state_offset, rank=LOW_RANK), ("rank", "alpha", "dropout", "layers"), state_mixers,
     ),
     Method(
         "state-offset-y", "State-offset Tuning (y)", 1e-3, "state",
-        partial(add_state_offset, target="y"), ("layers", "reparametrize"),
+        partial(add_state_offset, target="y"), ("layers", "reparametrize"), state_mixers,
     ),
 )  # fmt: skip

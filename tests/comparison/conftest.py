@@ -7,14 +7,31 @@ import torch
 from ssmtune.cells import Cell, CellStore
 from ssmtune.comparison import ComparisonConfig
 
+SIZES = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 0}
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A tiny random Mamba with one token per byte, saved."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+    from transformers import MambaConfig, MambaForCausalLM
 
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return _saved(tmp_path_factory.mktemp("checkpoint"), MambaForCausalLM, MambaConfig(**SIZES, state_size=8))
+
+
+@pytest.fixture(scope="session")
+def tiny_transformer(tmp_path_factory) -> Path:
+    """A tiny random Llama with the same tokens, saved."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SIZES, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    return _saved(tmp_path_factory.mktemp("checkpoint"), LlamaForCausalLM, config)
+
+
+def _saved(folder: Path, kind: type, config) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = folder / "tiny"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -22,12 +39,9 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=257, hidden_size=32, state_size=8, num_hidden_layers=2, pad_token_id=0, eos_token_id=0
-    )
-    model = MambaForCausalLM(config)
+    model = kind(config)
     with torch.no_grad():
-        model.backbone.embeddings.weight.mul_(10)
+        model.get_input_embeddings().weight.mul_(10)
     model.save_pretrained(path)
     fast.save_pretrained(path)
     return path

@@ -1,13 +1,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from ssmtune.config import ConfigError, MethodConfig
 from ssmtune.gradcheck import check_gradients
 from ssmtune.methods import METHODS, apply_method, get_method, method_options
 from ssmtune.methods.combined import COMBINED_METHODS
-from ssmtune.methods.low_rank import lora_targets
 from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
 from ssmtune.mixers import patch
 from ssmtune.models import load_adapter, load_model
@@ -96,9 +95,21 @@ def test_state_methods_take_a_rank_and_layers(model, name):
     assert sizes == 2 * (64 + 8)
 
 
-def test_lora_targets_need_a_mixer():
-    with pytest.raises(ConfigError, match="none of in_proj, x_proj, dt_proj is in Linear"):
-        lora_targets(torch.nn.Linear(2, 2))
+def test_a_method_that_does_not_fit_names_those_that_do():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    fitting = "full, layer-norm, last-layers, embeddings, lora, dora, ia3, prompt-tuning, p-tuning, prefix-tuning"
+    for name, reason in (
+        ("state-offset", "it has no recurrent mixer that ssmtune drives"),
+        ("lora-s6", "it has no module x_proj or dt_proj"),
+        ("bitfit", "it has no bias"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            apply_method(LlamaForCausalLM(config), name)
+        assert str(caught.value) == (
+            f"method {name!r} does not apply to LlamaForCausalLM: {reason}.\n  Methods that do: {fitting}."
+        )
 
 
 def test_unknown_method_names_the_nearest():

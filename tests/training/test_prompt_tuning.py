@@ -6,7 +6,7 @@ from ssmtune.data import IGNORED
 from ssmtune.generation import generate_texts, target_log_likelihood
 from ssmtune.methods import apply_method
 from ssmtune.models import load_adapter, load_model
-from ssmtune.prompt_tuning import StateSpacePromptModel, repair
+from ssmtune.prompt_tuning import VirtualTokenModel, repair
 from ssmtune.training import save_weights
 
 PROMPTS = ["the sea is blue", "x", "the sun and the sea are not the same thing"]
@@ -143,7 +143,7 @@ def test_disabled_prompt_is_the_base(model):
         eos_token_id=None,
     )
     assert inside == base[0, 6:].tolist()
-    assert isinstance(model, StateSpacePromptModel)
+    assert isinstance(model, VirtualTokenModel)
 
 
 def test_other_models_are_left_alone(tiny_checkpoint):
