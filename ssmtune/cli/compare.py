@@ -19,14 +19,13 @@ examples:
   ssmtune compare mamba-5m --preset demo --out runs/demo
   ssmtune compare mamba-5m --task docstring-package --methods lora,state-offset --seeds 5 --steps 500
   ssmtune compare mamba-5m --task e2e --data-dir data/e2e --limit train=8000,dev=200,test=200 --out runs/e2e
-  ssmtune compare --report-only runs/demo
 
 tasks:
 {tasks}
 
 Every method gets the same steps, batches and data order, and a learning-rate search of the same size around its own
 default rate. Stopped by Ctrl-C or a crash, the same command goes on where it was; methods, seeds and tasks can be added
-to a finished comparison. The report is made of the stored results alone.
+to a finished comparison. `ssmtune report` makes the report again, or one of several comparisons side by side.
 
 exit status: 0 done, 1 no method could be trained, 2 wrong usage or configuration, 130 interrupted
 """
@@ -82,14 +81,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a budget: demo takes minutes on two CPU cores")
     parser.add_argument("--out", metavar="DIR", help="directory of the comparison (default: runs/compare-MODEL)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh if --out holds a comparison")
-    parser.add_argument("--report-only", metavar="DIR", help="write the report of DIR again, and train nothing")
     parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the report at the end")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.report_only is not None:
-        return _report(Path(args.report_only))
     config = resolve(args)
     config.check()
     out = Path(args.out or f"runs/compare-{Path(config.model).name}")
@@ -109,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
         again = shlex.join(argument for argument in sys.argv[1:] if argument != "--overwrite")
         print(f"\nssmtune: interrupted; finished runs are kept in {out}\n  To go on: ssmtune {again}", file=sys.stderr)
         return 130
-    return _report(out)
+    from ssmtune.cli.report import show
+
+    return show([out], out)
 
 
 def resolve(args: argparse.Namespace) -> ComparisonConfig:
@@ -133,24 +131,6 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
     }
     values |= {key: value for key, value in flags.items() if value is not None}
     return dataclasses.replace(ComparisonConfig(), **values)
-
-
-def _report(out: Path) -> int:
-    from ssmtune.report import print_report, write_report
-
-    report = write_report(out)
-    print_report(report)
-    files = [report.markdown, report.html, report.table, *report.pictures[:1]]
-    print(f"report   {', '.join(map(str, files[:3]))}" + (f", {files[3].parent}/" if len(files) > 3 else ""))
-    trained = [(task, row) for task in report.summary.tasks for row in task.ranked() if row.trainable]
-    for task, row in trained:
-        folder = out / "adapters" / task.name / row.name
-        if folder.is_dir():
-            print(f"next     ssmtune generate {shlex.quote(str(folder))} --prompt {shlex.quote(task.example)}")
-            break
-    if not trained and report.summary.runs:
-        print("ssmtune: no method could be trained; the first errors are above", file=sys.stderr)
-    return 0 if trained else 1
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -14,7 +14,7 @@ from importlib import import_module
 
 from ssmtune import __version__
 
-VERBS = ("train", "compare", "generate", "bench", "env", "recipes")
+VERBS = ("train", "compare", "report", "generate", "bench", "env", "recipes")
 
 EXAMPLES = """\
 examples:

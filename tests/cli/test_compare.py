@@ -89,7 +89,6 @@ def test_resolve_lays_flags_over_the_preset():
         (["--task", "e2e"], "no --data-dir was given"),
         (["--task", "e2e", "--data-dir", "/nowhere"], "--data-dir /nowhere does not exist"),
         (["no-such-model"], "unknown model 'no-such-model'"),
-        (["--report-only", "/nowhere"], "is not the directory of a comparison"),
     ],
 )
 def test_wrong_usage_is_named_with_exit_status_2(arguments, message, capsys, tmp_path):
@@ -109,7 +108,7 @@ def test_help_does_not_import_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "SSMTUNE_LAZY": "1"}
     )
     assert done.stderr.split() == ["False", "False"]
-    assert "docstring-continuation" in done.stdout and "--report-only" in done.stdout
+    assert "docstring-continuation" in done.stdout and "ssmtune report" in done.stdout
 
 
 def test_compare_ends_with_the_table_the_report_and_the_next_command(finished, capsys):
@@ -125,7 +124,7 @@ def test_compare_ends_with_the_table_the_report_and_the_next_command(finished, c
     assert capsys.readouterr().out.startswith("dev 0")
 
 
-def test_report_only_trains_nothing(finished, capsys, monkeypatch):
+def test_report_trains_nothing(finished, capsys, monkeypatch):
     out, _ = finished
     (out / "report.md").unlink()
 
@@ -133,8 +132,19 @@ def test_report_only_trains_nothing(finished, capsys, monkeypatch):
         raise AssertionError("loaded a model")
 
     monkeypatch.setattr("ssmtune.models.load_model", refuse)
-    assert main(["compare", "--report-only", str(out)]) == 0
+    assert main(["report", str(out)]) == 0
     assert (out / "report.md").is_file() and "State-offset Tuning (y)" in capsys.readouterr().out
+
+
+def test_report_joins_several_and_refuses_what_is_no_comparison(finished, capsys, tmp_path):
+    out, _ = finished
+    assert main(["report", str(out), str(out), "--out", str(tmp_path / "both")]) == 0
+    assert (
+        tmp_path / "both" / "report.html"
+    ).is_file() and f"{tmp_path / 'both' / 'report.md'}" in capsys.readouterr().out
+    assert main(["report", str(out), str(out)]) == 2
+    assert main(["report", "/nowhere"]) == 2
+    assert "is not the directory of a comparison" in capsys.readouterr().err
 
 
 def test_another_comparison_in_out_is_refused(finished, capsys):

@@ -1,12 +1,16 @@
+import base64
+import hashlib
 import io
+import json
 import re
 import struct
 from html.parser import HTMLParser
 
 import pytest
 
-from ssmtune import plots
-from ssmtune.report import interval_text, mean_text, print_report, with_interval, write_report
+from ssmtune.config import ConfigError
+from ssmtune.report import pictures, print_report, write_report
+from ssmtune.report.table import Column, interval_text, mean_text, merged, with_interval
 from ssmtune.summary import Spread, summarize
 
 METHODS = {
@@ -20,17 +24,18 @@ METHODS = {
 
 
 class Page(HTMLParser):
-    """Collects the tags that are open at the end, and every address."""
+    """Collects the tags that are open at the end, every address, and every tag."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.addresses = [], []
+        self.open, self.addresses, self.tags = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "img", "source"):
+        self.tags.append(tag)
+        if tag not in ("meta", "br"):
             self.open.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "srcset", "href")]
+        self.addresses += [value for name, value in attributes if name in ("src", "srcset", "href", "action")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -62,26 +67,76 @@ def test_write_report_writes_every_form(fake):
         assert condition in text, condition
     assert "LORA: 1.0e-01: 2.2000, **3.0e-01: 2.0000**, 9.0e-01: 2.6000" in text
     lines = report.table.read_text().splitlines()
-    assert lines[0].startswith("task,method,run,metric,value,lr,trainable")
-    assert any(line.startswith("made-up,lora,1,accuracy,62,0.3,80000") for line in lines)
+    assert lines[0].startswith("model,task,method,run,metric,value,lr,trainable")
+    assert any(line.startswith("mamba-5m,made-up,lora,1,accuracy,62,0.3,80000") for line in lines)
     assert len(lines) == 1 + 1 + 2 * 18
 
 
 def test_html_needs_nothing_from_outside(fake):
-    report = write_report(fake(METHODS))
-    page = Page(report.html.read_text())
-    assert page.open == []
-    assert len(page.addresses) == 4 and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert "prefers-color-scheme: dark" in report.html.read_text()
+    text = write_report(fake(METHODS)).html.read_text()
+    page = Page(text)
+    assert page.open == [] and page.addresses == [] and not {"link", "iframe", "object"} & set(page.tags)
+    assert "default-src 'none'" in text and "unsafe" not in text
+    assert not re.search(r"\beval\b|\bFunction\(|innerHTML|insertAdjacentHTML|document\.write", text)
+    # the policy names the very style and script that the page has
+    for tag in ("style", "script"):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in text
+
+
+def test_no_name_becomes_markup(fake):
+    out = fake({"lora": [60, 62]}, failed=["full"])
+    description = json.loads((out / "comparison.json").read_text())
+    name = description["methods"]["lora"]["title"] = "a</script><img src=x onerror=alert(1)>'\"&<!--"
+    (out / "comparison.json").write_text(json.dumps(description))
+    text = write_report(out).html.read_text()
+    page = Page(text)
+    assert page.open == [] and page.tags.count("script") == 2 and "img" not in page.tags
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert data["rows"][1]["title"] == name
+
+
+def test_several_comparisons_are_one_report(fake, tmp_path):
+    first = fake(METHODS)
+    second = tmp_path / "second"
+    first.rename(second)
+    description = json.loads((second / "comparison.json").read_text())
+    description["config"]["model"] = "models/gpt"
+    (second / "comparison.json").write_text(json.dumps(description))
+    first = fake({"lora": [50, 51, 52]})
+    with pytest.raises(ConfigError, match="2 comparisons make one report.\n  Say where to write it with --out"):
+        write_report([first, second])
+    report = write_report([first, second], tmp_path / "both")
+    assert [study.name for study in report.studies] == ["mamba-5m", "gpt"]
+    text = report.markdown.read_text()
+    assert "### made-up: mamba-5m" in text and "### made-up: gpt" in text
+    assert (
+        tmp_path / "both/pictures/gpt-made-up-quality.png"
+    ).is_file() and "(pictures/gpt-made-up-quality.png)" in text
+    models = {line.split(",")[0] for line in report.table.read_text().splitlines()[1:]}
+    assert models == {"mamba-5m", "gpt"}
+    # of one model, they have the names of their directories
+    report = write_report([first, first], tmp_path / "twice")
+    assert [study.name for study in report.studies] == [str(first)] * 2
+
+
+def test_merged_columns_keep_the_order_of_each_table():
+    tables = [[Column(header, str) for header in headers.split()] for headers in ("a b d", "a c d", "x d e")]
+    assert merged(tables) == ["x", "a", "c", "b", "d", "e"]
 
 
 def test_pictures_are_drawn(fake):
     report = write_report(fake(METHODS))
-    assert [picture.name for picture in report.pictures] == ["made-up-quality.png", "made-up-learning.png"]
+    assert [picture.name for picture in report.pictures] == [
+        "made-up-quality.png",
+        "made-up-learning.png",
+        "made-up-differences.png",
+    ]
     for picture in report.pictures:
         content = picture.read_bytes()
         width, height = struct.unpack(">II", content[16:24])
-        assert content.startswith(b"\x89PNG") and width > 1000 and height > 600
+        assert content.startswith(b"\x89PNG") and width > 1000 and height > 400
 
 
 def test_failures_and_failed_checks_are_reported(fake):
@@ -97,13 +152,13 @@ def test_failures_and_failed_checks_are_reported(fake):
 
 
 def test_without_matplotlib_the_report_says_how_to_get_it(fake, monkeypatch):
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(pictures, "available", lambda: False)
     report = write_report(fake(METHODS))
     assert report.pictures == []
-    assert plots.MISSING in report.markdown.read_text() and "pip install" in report.html.read_text()
+    assert pictures.MISSING in report.markdown.read_text()
     stream = io.StringIO()
     print_report(report, stream)
-    assert plots.MISSING in stream.getvalue()
+    assert pictures.MISSING in stream.getvalue()
 
 
 def test_a_comparison_that_has_only_begun_has_a_report(fake):
@@ -121,17 +176,16 @@ def test_print_report_is_plain_text_where_it_is_no_terminal(fake):
     assert max(map(len, text.splitlines())) <= 140
 
 
-@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=["light", "dark"])
-def test_labels_do_not_overlap(fake, theme, monkeypatch):
+def test_labels_do_not_overlap(fake, monkeypatch):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
     figures = []
-    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
     scores = {name: [50 + i / 50, 50 - i / 50] for i, name in enumerate(METHODS)}
     task = summarize(fake(scores)).tasks[0]
-    plots.quality_picture(task, theme)
-    plots.learning_picture(task, theme)
+    pictures.quality_picture(task)
+    pictures.learning_picture(task)
     for figure in figures:
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw(renderer)

@@ -1,17 +1,18 @@
-"""Pictures of a comparison: quality against trainable parameters, and learning curves.
+"""Pictures of a comparison: quality against trainable parameters, learning curves, and differences between methods.
 
-matplotlib is optional; without it there are no pictures. Colours are those of Okabe and Ito, told apart by the
-colour-blind, and every method has a marker of its own.
+matplotlib is optional; without it there are no pictures.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterable
 from importlib.util import find_spec
 
-from ssmtune.summary import MethodRow, TaskSummary
+from ssmtune.report.table import reference_title
+from ssmtune.summary import TaskSummary
 
 MISSING = "There are no pictures because matplotlib is not installed. Run: pip install 'ssmtune[plots]'"
 
@@ -29,42 +30,26 @@ METRIC_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a picture on a light or a dark page."""
-
-    background: str
-    text: str
-    faint: str
-    grid: str
-    full: str
-    state_offset: str
-
-
-LIGHT = Theme("#ffffff", "#1f2328", "#6e7781", "#e3e6ea", "#444444", "#0072b2")
-DARK = Theme("#161b22", "#e6edf3", "#8b949e", "#30363d", "#c9d1d9", "#56b4e9")
-
-_MARKERS = {
-    "full": "s",
-    "lora": "D",
-    "prompt-tuning": "P",
-    "initial-state": "^",
-    "state-offset": "o",
-    "state-offset-y": "v",
-}
-_COLOURS = {"lora": "#e69f00", "prompt-tuning": "#cc79a7", "initial-state": "#009e73", "state-offset-y": "#d55e00"}
+TEXT, FAINT, GRID = "#1f2328", "#6e7781", "#e3e6ea"
+# The colours of Okabe and Ito, told apart by the colour-blind, then darker ones; the page has the same.
+_CORE = ("full", "lora", "prompt-tuning", "initial-state", "state-offset", "state-offset-y")
+_PALETTE = (
+    "#444444", "#e69f00", "#cc79a7", "#009e73", "#0072b2", "#d55e00",
+    "#56b4e9", "#8b5a00", "#882255", "#44aa99", "#6a3d9a", "#7a8500",
+)  # fmt: skip
+_MARKERS = "sDP^ovX<>phd"
 
 
 def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def quality_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
+def quality_picture(task: TaskSummary) -> bytes | None:
     """PNG of the headline metric against the trainable parameters, with the Pareto front; None without data."""
     rows = [row for row in task.ranked() if row.trainable]
     if not rows:
         return None
-    figure, axes = _figure(theme)
+    figure, axes = _figure()
     axes.set_xscale("log")
     low, high = min(row.trainable for row in rows), max(row.trainable for row in rows)
     axes.set_xlim(low / 2.2, high * 2.2)
@@ -74,22 +59,22 @@ def quality_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
             [row.trainable for row in front],
             [row.scores.mean for row in front],
             drawstyle="steps-post",
-            color=theme.faint,
+            color=FAINT,
             linewidth=1.2,
             linestyle=(0, (4, 2)),
             zorder=1,
         )
-    labels = []
+    style, labels = styles(row.name for row in task.rows if row.name != "base"), []
     for row in rows:
-        colour = _colour(row, theme)
+        colour, marker = _PALETTE[style[row.name]], _MARKERS[style[row.name]]
         axes.errorbar(
             row.trainable,
             row.scores.mean,
             yerr=row.scores.deviation,
             color=colour,
-            marker=_MARKERS.get(row.name, "o"),
+            marker=marker,
             markersize=8,
-            markeredgecolor=theme.background,
+            markeredgecolor="white",
             markeredgewidth=0.8,
             capsize=3,
             linewidth=1.4,
@@ -100,7 +85,7 @@ def quality_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
         labels.append((row.trainable, row.scores.mean, row.title, colour))
     base = next((row for row in task.rows if row.name == "base" and row.scores is not None), None)
     if base is not None:
-        axes.axhline(base.scores.mean, color=theme.faint, linewidth=1, linestyle=":", zorder=0)
+        axes.axhline(base.scores.mean, color=FAINT, linewidth=1, linestyle=":", zorder=0)
         axes.annotate(
             "base model, not tuned",
             (1, base.scores.mean),
@@ -109,27 +94,27 @@ def quality_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
             textcoords="offset points",
             ha="right",
             va="bottom",
-            color=theme.faint,
+            color=FAINT,
             fontsize=8.5,
         )
     axes.margins(y=0.12)
     direction = "higher is better" if task.higher_is_better else "lower is better"
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel(f"{METRIC_NAMES.get(task.metric, task.metric)} on test ({direction})")
-    _title(axes, f"{task.name}: quality against trainable parameters", theme)
-    _place_labels(figure, axes, labels, theme)
+    _title(axes, f"{task.name}: quality against trainable parameters")
+    _place_labels(figure, axes, labels)
     return _png(figure)
 
 
-def learning_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
+def learning_picture(task: TaskSummary) -> bytes | None:
     """PNG of the dev loss along training, the mean over seeds with the range of them; None without data."""
     rows = [row for row in task.rows if any(len(curve) > 1 for curve in row.curves.values())]
     if not rows:
         return None
-    figure, axes = _figure(theme, right=0.74)
-    labels = []
+    figure, axes = _figure(right=0.74)
+    style, labels = styles(row.name for row in task.rows if row.name != "base"), []
     for row in rows:
-        colour = _colour(row, theme)
+        colour, marker = _PALETTE[style[row.name]], _MARKERS[style[row.name]]
         by_step: dict[int, list[float]] = {}
         for curve in row.curves.values():
             for step, loss in curve:
@@ -140,10 +125,10 @@ def learning_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
             steps,
             means,
             color=colour,
-            marker=_MARKERS.get(row.name, "o"),
+            marker=marker,
             markersize=5,
             linewidth=1.8,
-            markeredgecolor=theme.background,
+            markeredgecolor="white",
             markeredgewidth=0.5,
         )
         axes.fill_between(
@@ -158,37 +143,74 @@ def learning_picture(task: TaskSummary, theme: Theme = LIGHT) -> bytes | None:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("dev loss per target token, nats")
     axes.margins(x=0.02)
-    _title(axes, f"{task.name}: learning curves", theme)
-    _place_labels(figure, axes, labels, theme, outside=True)
+    _title(axes, f"{task.name}: learning curves")
+    _place_labels(figure, axes, labels, outside=True)
     return _png(figure)
 
 
-def _figure(theme: Theme, right: float = 0.97):
+def differences_picture(task: TaskSummary) -> bytes | None:
+    """PNG of every method's paired difference to the reference, with its 95 % interval; None without data."""
+    rows = [row for row in task.rows if row.difference is not None and math.isfinite(row.difference.mean)][::-1]
+    if not rows:
+        return None
+    figure, axes = _figure(left=0.3, height=1.3 + 0.38 * len(rows))
+    axes.axvline(0, color=FAINT, linewidth=1)
+    style = styles(row.name for row in task.rows if row.name != "base")
+    for height, row in enumerate(rows):
+        colour = _PALETTE[style[row.name]]
+        axes.errorbar(
+            row.difference.mean,
+            height,
+            xerr=row.difference.interval,
+            color=colour,
+            marker=_MARKERS[style[row.name]],
+            markersize=7,
+            capsize=3,
+            linewidth=1.4,
+        )
+        axes.plot(row.difference.values, [height] * len(row.difference.values), "|", color=colour, alpha=0.7)
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(False, axis="y")
+    better = "right" if task.higher_is_better else "left"
+    axes.set_xlabel(f"difference of {METRIC_NAMES.get(task.metric, task.metric)} (better to the {better})")
+    _title(axes, f"{task.name}: against {reference_title(task)}, paired by seed")
+    return _png(figure)
+
+
+PICTURES = {"quality": quality_picture, "learning": learning_picture, "differences": differences_picture}
+
+
+def _figure(left: float = 0.1, right: float = 0.97, height: float = 4.5):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6, 4.5), facecolor=theme.background)
-    axes = figure.add_axes((0.1, 0.13, right - 0.1, 0.76), facecolor=theme.background)
-    axes.grid(True, color=theme.grid, linewidth=0.7)
+    figure = Figure(figsize=(7.6, height), facecolor="white")
+    below, above = 0.585 / height, 0.495 / height
+    axes = figure.add_axes((left, below, right - left, 1 - below - above), facecolor="white")
+    axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.faint, labelcolor=theme.text, labelsize=9, which="both")
+    axes.tick_params(colors=FAINT, labelcolor=TEXT, labelsize=9, which="both")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.faint)
-    axes.xaxis.label.set_color(theme.text)
-    axes.yaxis.label.set_color(theme.text)
+        spine.set_color(FAINT)
+    axes.xaxis.label.set_color(TEXT)
+    axes.yaxis.label.set_color(TEXT)
     return figure, axes
 
 
-def _title(axes, text: str, theme: Theme) -> None:
-    axes.set_title(text, loc="left", fontsize=11.5, fontweight="bold", color=theme.text, pad=10)
+def _title(axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11.5, fontweight="bold", color=TEXT, pad=10)
 
 
-def _colour(row: MethodRow, theme: Theme) -> str:
-    own = {"full": theme.full, "state-offset": theme.state_offset}
-    return own.get(row.name) or _COLOURS.get(row.name, theme.faint)
+def styles(names: Iterable[str]) -> dict[str, int]:
+    """A colour and marker for each method, by number: the core methods always have theirs, the others take turns."""
+    own = {name: i for i, name in enumerate(_CORE)}
+    others = [name for name in dict.fromkeys(names) if name not in own]
+    turns = len(_PALETTE) - len(own)
+    return own | {name: len(own) + i % turns for i, name in enumerate(others)}
 
 
-def _place_labels(figure, axes, labels, theme: Theme, outside: bool = False) -> None:
+def _place_labels(figure, axes, labels, outside: bool = False) -> None:
     """Write each label beside its point, moved up or down until no two overlap."""
     from matplotlib.patheffects import withStroke
     from matplotlib.textpath import TextPath
@@ -234,7 +256,7 @@ def _place_labels(figure, axes, labels, theme: Theme, outside: bool = False) -> 
             fontsize=size,
             annotation_clip=False,
             arrowprops=arrow,
-            path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+            path_effects=[withStroke(linewidth=3, foreground="white")],
             zorder=5,
         )
 
