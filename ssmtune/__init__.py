@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "selective_scan": "ops",
     "selective_state_update": "ops",
+    "ssd_scan": "ops",
     "causal_conv1d": "ops",
     "causal_conv1d_update": "ops",
     "backend": "ops",

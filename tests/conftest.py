@@ -26,6 +26,7 @@ def _load(name: str):
 numerics = _load("numerics")
 _load("emulation")
 _load("emulated_cuda")
+_load("ssd_inputs")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

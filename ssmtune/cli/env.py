@@ -22,7 +22,7 @@ examples:
 """
 
 PACKAGES = ("torch", "transformers", "peft", "triton", "numpy", "mamba_ssm", "causal_conv1d")
-OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update")
+OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update", "ssd_scan")
 NO_TORCH = (
     "not built: torch is not installed\n  Run `pip install torch`, then install ssmtune again to build the kernels."
 )

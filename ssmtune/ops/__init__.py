@@ -1,4 +1,4 @@
-"""The operators: the selective scan, the convolution in front of it, and one decoding step of each."""
+"""The operators: the selective scan, that of Mamba-2, the convolution in front of them, and decoding steps."""
 
 from ssmtune import native
 from ssmtune.ops.backends import available_backends, backend
@@ -6,6 +6,7 @@ from ssmtune.ops.causal_conv1d import causal_conv1d
 from ssmtune.ops.causal_conv1d_update import causal_conv1d_update
 from ssmtune.ops.selective_scan import selective_scan
 from ssmtune.ops.selective_state_update import selective_state_update
+from ssmtune.ops.ssd_scan import ssd_scan
 
 native.load()
 
@@ -16,4 +17,5 @@ __all__ = [
     "causal_conv1d_update",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
 ]

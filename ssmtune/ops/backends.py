@@ -21,7 +21,7 @@ from ssmtune import native
 from ssmtune.ops import causal_conv1d_package
 
 ENVIRONMENT_VARIABLE = "SSMTUNE_BACKEND"
-OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update")
+OPERATORS = ("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update", "ssd_scan")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("ssmtune")
@@ -183,7 +183,7 @@ def available_backends(op: str) -> dict[str, str | None]:
     """List the backends of an operator.
 
     Args:
-        op: "selective_scan", "selective_state_update", "causal_conv1d" or "causal_conv1d_update".
+        op: one of OPERATORS, as "selective_scan".
 
     Returns:
         Each backend in the order of preference: None when it can be used here, else the reason why not.

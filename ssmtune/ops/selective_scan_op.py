@@ -66,7 +66,7 @@ def _forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     return out, last_state, chunk_states
 
 
-def _allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor | None]:
+def allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor | None]:
     u = inputs[0]
     dtype = compute_dtype(u)
     gradients = []
@@ -92,13 +92,13 @@ def _wanted_gradients(inputs: tuple[Tensor | None, ...], gradients: list[Tensor 
 @torch.library.register_fake("ssmtune::selective_scan_bwd")
 def _fake_backward(dout, dlast_state, *args) -> list[Tensor]:
     inputs, wanted = args[:-5], args[-2]
-    return _wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
+    return _wanted_gradients(inputs, allocate_gradients(inputs, wanted))
 
 
 @torch.library.impl("ssmtune::selective_scan_bwd", "CompositeExplicitAutograd")
 def _backward(dout, dlast_state, *args) -> list[Tensor]:
     inputs, (cu_seqlens, chunk_states, delta_softplus, wanted, backend) = args[:-5], args[-5:]
-    gradients = _allocate_gradients(inputs, wanted)
+    gradients = allocate_gradients(inputs, wanted)
     implementation(backend).selective_scan_backward(
         dout, dlast_state, inputs, cu_seqlens, chunk_states, delta_softplus, gradients
     )
