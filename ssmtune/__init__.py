@@ -26,6 +26,7 @@ _HOME = {
     "unpatch": "mixers",
     "StateOffsetConfig": "tuners",
     "InitialStateConfig": "tuners",
+    "AdditionalScanConfig": "tuners",
     "WeightSubsetConfig": "tuners",
     "load_adapters": "tuners.several",
     "initial_state_from_text": "tuners.initial_state",

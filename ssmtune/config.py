@@ -45,7 +45,8 @@ class MethodConfig:
     reparametrize: int | None = _option(
         None, "train a state or virtual tokens through an MLP with so many hidden units", minimum=1
     )
-    virtual_tokens: int | None = _option(None, "of prompt tuning, P-tuning or prefix tuning (default: 16)", minimum=1)
+    virtual_tokens: int | None = _option(None, "of prompt, P-, prefix or suffix tuning (default: 16)", minimum=1)
+    extra_states: int | None = _option(None, "states per channel that additional-scan adds (default: 8)", minimum=1)
     last_layers: int | None = _option(None, "how many of the last layers are trained (default: 2)", minimum=1)
 
 

@@ -15,6 +15,7 @@ from ssmtune.methods.method import Method
 from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
 from ssmtune.methods.prompts import PROMPT_METHODS
 from ssmtune.methods.rescaling import RESCALING_METHODS
+from ssmtune.methods.state_space import STATE_SPACE_METHODS
 from ssmtune.methods.states import STATE_METHODS
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ METHODS: dict[str, Method] = {
         *RESCALING_METHODS,
         *PROMPT_METHODS,
         *STATE_METHODS,
+        *STATE_SPACE_METHODS,
         *COMBINED_METHODS,
     )
 }

@@ -2,9 +2,10 @@
 
 from .packing import install_packing, remove_packing
 from .patching import PatchSummary, find_mixers, patch, patch_mixer, supports, unpatch, unpatch_mixer
-from .state_inputs import StateAdapter, StateInputs
+from .state_inputs import ExtraStates, StateAdapter, StateInputs
 
 __all__ = [
+    "ExtraStates",
     "PatchSummary",
     "StateAdapter",
     "StateInputs",

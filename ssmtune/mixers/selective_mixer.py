@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssmtune import ops
 
 from .cache import read_states
-from .state_inputs import sum_state_inputs
+from .state_inputs import adapters_of, sum_state_inputs, with_extra_states
 
 # softplus of it is exactly zero whatever the bias, and every half type can hold it.
 _CLOSED = -1e4
@@ -96,8 +96,8 @@ class SelectiveMixer(nn.Module):
         if pads is not None:
             # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
             delta = delta.masked_fill(pads, _CLOSED)
-        delta, B, C = delta.transpose(1, 2), B.movedim(1, -1), C.movedim(1, -1)
-        A, D = self.state_matrix(), self.D.flatten()
+        A, B, C, inputs = with_extra_states(self, u.transpose(1, 2), self.state_matrix(), B, C, inputs)
+        delta, B, C, D = delta.transpose(1, 2), B.movedim(1, -1), C.movedim(1, -1), self.D.flatten()
         if state is not None:
             # A view, which is overwritten.
             state = state.view(batch, -1, state.shape[-1])
@@ -148,7 +148,10 @@ class SelectiveMixer(nn.Module):
     def state_matrix(self) -> Tensor:
         """A (dim, dstate), negative, in float32 or wider."""
         A_log = self.A_log.flatten(0, -2)
-        return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+        for adapter in adapters_of(self):
+            A = adapter.change_matrix(A)
+        return A
 
     def convolve(self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """Causal convolution and activation of (batch, dim, seqlen), with the inputs left of it or zeros."""
@@ -190,7 +193,10 @@ class SelectiveMixer(nn.Module):
             dt (batch, seqlen, rank), from which `project_time_step` makes the time step, and B and C (batch, seqlen,
             dstate). An architecture with groups of channels has one more axis, for the group, after seqlen.
         """
-        return self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+        dt, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+        for adapter in adapters_of(self):
+            B, C = adapter.change_projections(u, B, C)
+        return dt, B, C
 
     def project_time_step(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """The time step per channel (batch, seqlen, dim), and the bias (dim,) that the scan still has to add to it."""

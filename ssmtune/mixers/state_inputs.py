@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmtune.ops.adapters import gather_rows
@@ -49,22 +50,90 @@ class StateInputs:
         stacks = self._tensors()
         return StateInputs(*(None if stack is None else gather_rows(stack, self.adapter_index) for stack in stacks))
 
+    def of_states(self, dstate: int) -> StateInputs:
+        """The same for so many states, of which it leaves the last as they are."""
+
+        def widen(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else F.pad(tensor, (0, dstate - tensor.shape[-1]))
+
+        return replace(self, initial_state=widen(self.initial_state), state_offset=widen(self.state_offset))
+
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.initial_state, self.state_offset, self.output_offset, self.conv_state
 
 
-class StateAdapter(nn.Module, ABC):
-    """Base of the adapters a patched mixer listens to: register one as a child module of the mixer, under any name."""
+@dataclass(frozen=True)
+class ExtraStates:
+    """States of an adapter's own, which run in the same scan as those of the mixer.
 
-    @abstractmethod
+    Args:
+        A: (dim, k), negative.
+        B: (batch, seqlen, k).
+        C: (batch, seqlen, k).
+    """
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+
+
+class StateAdapter(nn.Module):
+    """Base of the adapters a patched mixer listens to: register one as a child module of the mixer, under any name.
+
+    An adapter that is switched off gives what these methods give here.
+    """
+
     def state_inputs(self) -> StateInputs:
-        """What the adapter adds now; an adapter that is switched off returns an empty `StateInputs`."""
+        """What the adapter adds to the states and to the output."""
+        return StateInputs()
+
+    def change_matrix(self, A: Tensor) -> Tensor:
+        """A (dim, dstate), as the adapter has it."""
+        return A
+
+    def change_projections(self, u: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """What `x_proj` makes of u (batch, seqlen, dim), B and C (batch, seqlen, dstate), as the adapter has it."""
+        return B, C
+
+    def extra_states(self, u: Tensor) -> ExtraStates | None:
+        """States beside those of the mixer, given the input u (batch, seqlen, dim) of the scan."""
+        return None
+
+
+def adapters_of(mixer: nn.Module) -> list[StateAdapter]:
+    """The adapters among the children of a mixer."""
+    return [child for child in mixer.children() if isinstance(child, StateAdapter)]
 
 
 def sum_state_inputs(mixer: nn.Module) -> StateInputs:
     """The sum of what the adapters among the children of a mixer add."""
-    inputs = [child.state_inputs() for child in mixer.children() if isinstance(child, StateAdapter)]
+    inputs = [adapter.state_inputs() for adapter in adapters_of(mixer)]
     return reduce(add, inputs) if inputs else StateInputs()
+
+
+def with_extra_states(
+    mixer: nn.Module, u: Tensor, A: Tensor, B: Tensor, C: Tensor, inputs: StateInputs
+) -> tuple[Tensor, Tensor, Tensor, StateInputs]:
+    """A, B, C and the inputs of a scan with the states that the adapters of a mixer have beside those of the mixer.
+
+    Args:
+        u: (batch, seqlen, dim).
+        A: (dim, dstate).
+        B, C: (batch, seqlen, dstate) or (batch, seqlen, groups, dstate); every group gets the same extra states.
+        inputs: what is added to the states of the mixer alone.
+    """
+    extras = [adapter.extra_states(u) for adapter in adapters_of(mixer)]
+    extras = [extra for extra in extras if extra is not None]
+    for extra in extras:
+        A = torch.cat([A, extra.A], dim=-1)
+        B, C = _beside(B, extra.B), _beside(C, extra.C)
+    return A, B, C, inputs.of_states(A.shape[-1]) if extras else inputs
+
+
+def _beside(projected: Tensor, extra: Tensor) -> Tensor:
+    if projected.dim() > extra.dim():
+        extra = extra.unsqueeze(2).expand(-1, -1, projected.shape[2], -1)
+    return torch.cat([projected, extra.to(projected.dtype)], dim=-1)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Fine-tuning methods as peft tuners, registered with peft when this package is imported."""
 
+from ssmtune.tuners.additional_scan import AdditionalScanConfig, AdditionalScanLayer, AdditionalScanModel
 from ssmtune.tuners.initial_state import InitialStateConfig, InitialStateLayer, InitialStateModel
 from ssmtune.tuners.registration import register
 from ssmtune.tuners.state_offset import StateOffsetConfig, StateOffsetLayer, StateOffsetModel
@@ -9,9 +10,13 @@ from ssmtune.tuners.weight_subset import WeightSubsetConfig, WeightSubsetModel
 register("state_offset", StateOffsetConfig, StateOffsetModel)
 register("initial_state", InitialStateConfig, InitialStateModel)
 register("weight_subset", WeightSubsetConfig, WeightSubsetModel)
+register("additional_scan", AdditionalScanConfig, AdditionalScanModel)
 check_what_transformers_loads()
 
 __all__ = [
+    "AdditionalScanConfig",
+    "AdditionalScanLayer",
+    "AdditionalScanModel",
     "InitialStateConfig",
     "InitialStateLayer",
     "InitialStateModel",

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from ssmtune import __version__
 
 if TYPE_CHECKING:
-    from ssmtune.tuners.state_config import StateTunerConfig
+    from ssmtune.tuners.mixer_config import MixerTunerConfig
 
 _BEGIN = "<!-- Written by ssmtune whenever the adapter is saved. Your own text below the end of it is kept. -->"
 _END = "<!-- The end of what ssmtune writes. -->"
@@ -44,12 +44,8 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = ssmtune.load_adapters(base, "path/to/this-folder")
 ```"""
 
-_SOURCE = """\
-Kang, Galim, Zeng, Lee, Koo and Cho, "State-offset Tuning: State-based Parameter-Efficient Fine-Tuning for State Space
-Models", ACL 2025, [arXiv 2503.03499](https://arxiv.org/abs/2503.03499)."""
 
-
-def write_card(folder: Path, config: StateTunerConfig) -> None:
+def write_card(folder: Path, config: MixerTunerConfig) -> None:
     """Describe a stored adapter in the README.md beside it.
 
     The empty template that peft puts there is replaced, also the one beside the folders of several adapters. Other text
@@ -70,7 +66,7 @@ def write_card(folder: Path, config: StateTunerConfig) -> None:
     _put(path, config, _describe(config, weights))
 
 
-def _put(path: Path, config: StateTunerConfig, text: str) -> None:
+def _put(path: Path, config: MixerTunerConfig, text: str) -> None:
     """Put a text in place of the template or of what was put before, and what finds it into the header."""
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
     data, kept = card.data, card.text
@@ -89,7 +85,7 @@ def _put(path: Path, config: StateTunerConfig, text: str) -> None:
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
 
 
-def _describe_all(config: StateTunerConfig) -> str:
+def _describe_all(config: MixerTunerConfig) -> str:
     base = config.base_model_name_or_path
     lines = [
         f"# Adapters{f' of {Path(base).name}' if base else ''}",
@@ -99,7 +95,7 @@ def _describe_all(config: StateTunerConfig) -> str:
     return "\n\n".join(lines)
 
 
-def _describe(config: StateTunerConfig, weights: Path) -> str:
+def _describe(config: MixerTunerConfig, weights: Path) -> str:
     base = config.base_model_name_or_path
     rows = {"base model": f"`{base}`" if base else "not known", "method": config.title}
     rows |= config.card_settings()
@@ -112,7 +108,7 @@ def _describe(config: StateTunerConfig, weights: Path) -> str:
         _LOAD.format(base=base or "name-of-the-base-model"),
         "## The method",
         f"`{config.formula}`",
-        _SOURCE,
+        config.source,
         _versions(),
     ]
     return "\n\n".join(parts)

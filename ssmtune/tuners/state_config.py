@@ -5,16 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from peft.config import PeftConfig
-
-from ssmtune.tuners.adapter_file import check_readable
-from ssmtune.tuners.model_card import write_card
+from ssmtune.tuners.mixer_config import MixerTunerConfig
 
 
 @dataclass
-class StateTunerConfig(PeftConfig):
+class StateTunerConfig(MixerTunerConfig):
     """Fields of both methods; see `StateOffsetConfig` and `InitialStateConfig`."""
 
     rank: int | None = field(
@@ -32,34 +28,14 @@ class StateTunerConfig(PeftConfig):
         default=None,
         metadata={"help": "Train the tensor through an MLP with this many hidden units, folded into it when saved."},
     )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "Start at zero, so that the model equals its base. False draws noise, for tests only."},
-    )
-    target_modules: list[str] | str | None = field(
+
+    virtual_tokens: int | None = field(
         default=None,
-        metadata={"help": "Names of the mixers to adapt, or one regular expression. None adapts every mixer."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of mixers to leave alone, or one regular expression."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Layer indices to adapt, counted from 0. None adapts every layer."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list that layers_to_transform counts in, where it is not the first one."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train in full and store with the adapter."}
+        metadata={"help": "Train so many virtual tokens per mixer and take the state they leave; folded when saved."},
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ValueError(
                 f"rank must be None or an integer of at least 1, got {self.rank!r}.\n"
@@ -90,59 +66,36 @@ class StateTunerConfig(PeftConfig):
                 f"reparametrize must be None or an integer of at least 1, got {self.reparametrize!r}.\n"
                 "  It is the number of hidden units of the MLP. Leave it out to train the tensor itself."
             )
+        if self.virtual_tokens is not None and (type(self.virtual_tokens) is not int or self.virtual_tokens < 1):
+            raise ValueError(
+                f"virtual_tokens must be None or an integer of at least 1, got {self.virtual_tokens!r}.\n"
+                "  It is the number of virtual tokens of every mixer. Leave it out to train the state itself."
+            )
+        if self.virtual_tokens is not None and self.rank is not None:
+            raise ValueError(
+                f"virtual_tokens={self.virtual_tokens} does not go with rank={self.rank}: either makes the state.\n"
+                "  Leave one of them out."
+            )
         if self.reparametrize is not None and self.rank is not None:
             raise ValueError(
                 f"reparametrize={self.reparametrize} does not go with rank={self.rank}: either makes the matrix.\n"
                 "  Leave one of them out."
             )
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "layers_to_transform cannot be used with target_modules as a regular expression.\n"
-                "  Put the layers into the expression, or give target_modules as a list."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} was given without layers_to_transform.\n"
-                "  It only says where those indices count. Set layers_to_transform, or leave it out."
-            )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        check_readable(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-
-    def save_pretrained(self, save_directory, **kwargs):
-        stored = self.folded()
-        super(StateTunerConfig, stored).save_pretrained(save_directory, **kwargs)
-        write_card(Path(save_directory), stored)
 
     def folded(self) -> StateTunerConfig:
         """The config of what is stored: the tensors themselves, whatever they were trained through."""
         folded = copy.copy(self)
-        folded.reparametrize = None
+        folded.reparametrize = folded.virtual_tokens = None
         return folded
 
     @property
-    def title(self) -> str:
-        """What a model card calls the method."""
-        raise NotImplementedError
-
-    @property
-    def formula(self) -> str:
-        """What it does, on one line."""
-        raise NotImplementedError
-
-    @property
-    def card_tags(self) -> list[str]:
-        """By which tags it is found."""
-        raise NotImplementedError
+    def source(self) -> str:
+        return (
+            'Kang, Galim, Zeng, Lee, Koo and Cho, "State-offset Tuning: State-based Parameter-Efficient Fine-Tuning '
+            'for\nState Space Models", ACL 2025, [arXiv 2503.03499](https://arxiv.org/abs/2503.03499).'
+        )
 
     def card_settings(self) -> dict[str, str]:
-        """How it was set, for a model card."""
         low_rank = f"{self.rank}, scaled by {(self.alpha or self.rank) / self.rank:g}" if self.rank else "whole"
         settings = {"rank": low_rank} | ({"dropout": f"{self.dropout:g}"} if self.dropout else {})
-        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        settings["layers"] = "all" if layers is None else ", ".join(map(str, layers))
-        if self.modules_to_save:
-            settings["also trained"] = ", ".join(f"`{name}`" for name in self.modules_to_save)
-        return settings
+        return settings | super().card_settings()

@@ -1,8 +1,4 @@
-"""The layer that State-offset Tuning and Initial State Tuning share.
-
-It is a child module of the mixer, which stays where it is. Wrapping the mixer instead would hide its projections from
-LoRA and every other peft method added later.
-"""
+"""The layer that State-offset Tuning and Initial State Tuning share."""
 
 from __future__ import annotations
 
@@ -10,80 +6,73 @@ import math
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ssmtune.mixers import StateAdapter, StateInputs
+from ssmtune.mixers import StateInputs
+from ssmtune.tuners.mixer_layer import MixerTunerLayer
 from ssmtune.tuners.reparametrization import Reparametrization
 from ssmtune.tuners.state_config import StateTunerConfig
+from ssmtune.tuners.virtual_tokens import VirtualTokens
 
 
-class StateTunerLayer(StateAdapter, BaseTunerLayer):
-    """The adapter tensors of one mixer, for every adapter of one method.
-
-    Each kind of tensor has a `nn.ParameterDict` keyed by adapter name, whose own name begins with the method's prefix:
-    peft and transformers find the tensors by it. The tensors are float32 whatever the model is cast to, since updates
-    the size of a learning rate of 1e-4 vanish in bfloat16.
+class StateTunerLayer(MixerTunerLayer):
+    """States and outputs that are added to those of one mixer, whole, of a rank or through an MLP.
 
     An adapter with `reparametrize` keeps its tensors where they are, frozen, and trains MLPs whose results are added.
+    One with `virtual_tokens` has no tensors, but virtual tokens that give the state.
 
     Args:
         mixer: the mixer the layer becomes a child of.
     """
 
-    prefix: str
     # What `value` can be asked for, and the field of `StateInputs` it goes to.
     kinds: dict[str, str]
-    # peft reads both from the layer that an adapter wraps. Here there is none.
-    weight = None
-    bias = None
     other_param_names = ("scaling", "dropout")
 
     def __init__(self, mixer: nn.Module):
-        super().__init__()
-        self.dim, self.dstate = math.prod(mixer.A_log.shape[:-1]), mixer.A_log.shape[-1]
+        super().__init__(mixer)
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-        self.unpatch_on_removal = False
-        self.assign_rows(None)
-        for name in self.tensor_names:
-            setattr(self, name, nn.ParameterDict())
         setattr(self, f"{self.prefix}mlp", nn.ModuleDict())
+        setattr(self, f"{self.prefix}virtual", nn.ModuleDict())
 
     @property
     def tensor_names(self) -> list[str]:
-        """The names of the dicts that hold tensors, in the order of `adapter_layer_names`."""
-        return [name for name in self.adapter_layer_names if name != f"{self.prefix}mlp"]
+        modules = (f"{self.prefix}mlp", f"{self.prefix}virtual")
+        return [name for name in super().tensor_names if name not in modules]
+
+    @property
+    def virtual_tokens(self) -> nn.ModuleDict:
+        """The `VirtualTokens` by the names of the adapters that have such."""
+        return self.tensors("virtual")
 
     @property
     def available_adapters(self) -> set[str]:
-        """The names of the adapters that this mixer has."""
-        return {adapter for name in self.tensor_names for adapter in getattr(self, name)}
+        return super().available_adapters | set(self.virtual_tokens)
 
     def shapes(self, config: StateTunerConfig) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor of an adapter, by the name of its dict."""
+        if config.virtual_tokens is not None:
+            return {}
         if config.rank is None:
             return {f"{self.prefix}h": (self.dim, self.dstate)}
         return {f"{self.prefix}A": (config.rank, self.dstate), f"{self.prefix}B": (self.dim, config.rank)}
 
+    def start(self, name: str, tensor: torch.Tensor, config: StateTunerConfig) -> None:
+        if name == f"{self.prefix}A":
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+        else:
+            super().start(name, tensor, config)
+
     def update_layer(self, adapter_name: str, config: StateTunerConfig, device: torch.device) -> None:
-        """Add the tensors of one adapter, in place of those it may have."""
-        for name in (*self.adapter_layer_names, *self.other_param_names, "frozen_peft_weight_names"):
-            if adapter_name in (known := getattr(self, name)):
-                del known[adapter_name]
-        shapes = self.shapes(config)
-        for name, shape in shapes.items():
-            tensor = torch.zeros(shape, dtype=torch.float32, device=device)
-            if name == f"{self.prefix}A":
-                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-            elif not config.init_weights:
-                nn.init.normal_(tensor, std=0.1)
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor)
+        super().update_layer(adapter_name, config, device)
         if config.rank is not None:
             self.scaling[adapter_name] = 1.0 if config.alpha is None else config.alpha / config.rank
             self.dropout[adapter_name] = config.dropout
-        if config.reparametrize is not None:
+        if config.virtual_tokens is not None:
+            virtual = VirtualTokens(self.mixer[0], config.virtual_tokens, config.reparametrize, device)
+            self.virtual_tokens[adapter_name] = virtual
+        elif config.reparametrize is not None:
+            shapes = self.shapes(config)
             self.tensors("mlp")[adapter_name] = nn.ModuleDict(
                 {
                     name.removeprefix(self.prefix): Reparametrization(shape, config.reparametrize, device)
@@ -91,10 +80,6 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
                 }
             )
             self.frozen_peft_weight_names[adapter_name] = tuple(shapes)
-
-    def tensors(self, kind: str) -> nn.ParameterDict | nn.ModuleDict:
-        """Return the dict of one kind of tensor, "h", "A" or the like, by adapter name."""
-        return getattr(self, f"{self.prefix}{kind}")
 
     def mlps(self, adapter_name: str) -> dict[str, Reparametrization]:
         """Return the MLPs of one adapter by the kind of tensor they add to; none without `reparametrize`."""
@@ -109,6 +94,8 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
             adapter_name: the adapter.
             training: whether dropout applies.
         """
+        if adapter_name in self.virtual_tokens:
+            return self.virtual_tokens[adapter_name]().get(kind)
         dense = self.tensors(kind)
         if adapter_name in dense:
             mlps = self.mlps(adapter_name)
@@ -124,7 +111,16 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
 
     @torch.no_grad()
     def assign(self, kind: str, adapter_name: str, value: torch.Tensor) -> None:
-        """Make an adapter add a given tensor; one of a rank gets the nearest to it that has this rank."""
+        """Make an adapter add a given tensor; one of a rank gets the nearest to it that has this rank.
+
+        Raises:
+            ValueError: the adapter has virtual tokens.
+        """
+        if adapter_name in self.virtual_tokens:
+            raise ValueError(
+                f"the adapter {adapter_name!r} cannot be given a state: its state is what its virtual tokens leave.\n"
+                "  Save and load it, which folds them into a state, or use an adapter without virtual_tokens."
+            )
         dense = self.tensors(kind)
         if adapter_name in dense:
             dense[adapter_name].copy_(value)
@@ -155,8 +151,7 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
                 self.assign(kind, adapter_name, sum(terms[1:], start=terms[0]))
 
     def assign_rows(self, adapters: list[str] | None) -> None:
-        """Give each row of the batches to come an adapter of its own, until None makes the active ones serve all."""
-        self.row_adapters = adapters
+        super().assign_rows(adapters)
         self._stacked: StateInputs | None = None
 
     def state_inputs(self) -> StateInputs:
@@ -189,19 +184,3 @@ class StateTunerLayer(StateAdapter, BaseTunerLayer):
         place = {name: index for index, name in enumerate(adapters)}
         index = [place.get(name, -1) for name in row_adapters]
         return StateInputs(**stacks, adapter_index=torch.tensor(index, device=next(iter(stacks.values())).device))
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Do nothing: there is no weight to merge into, and the adapter stays active.
-
-        peft calls this on every adapter of a model when it merges one method, such as a LoRA beside this one. Merging
-        this method itself is refused by the tuner.
-        """
-
-    unmerge = merge
-
-    def _apply(self, fn, recurse=True):
-        def move_only(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(move_only, recurse)

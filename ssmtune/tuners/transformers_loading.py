@@ -17,7 +17,7 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ssmtune.tuners.adapter_file import check_readable, check_tensors
-from ssmtune.tuners.state_tuner import StateTunerModel
+from ssmtune.tuners.mixer_tuner import MixerTunerModel
 
 
 def check_what_transformers_loads() -> None:
@@ -55,17 +55,17 @@ def check_what_transformers_loads() -> None:
     PeftAdapterMixin.load_adapter = load_adapter
 
 
-def _added(model: nn.Module, before: set[str]) -> dict[str, type[StateTunerModel]]:
+def _added(model: nn.Module, before: set[str]) -> dict[str, type[MixerTunerModel]]:
     """The tuners of the state adapters that a model has now and had not before, by name."""
     tuners = {
         name: PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
         for name, config in getattr(model, "peft_config", {}).items()
         if name not in before
     }
-    return {name: tuner for name, tuner in tuners.items() if tuner and issubclass(tuner, StateTunerModel)}
+    return {name: tuner for name, tuner in tuners.items() if tuner and issubclass(tuner, MixerTunerModel)}
 
 
-def _check_loaded(model: nn.Module, tuner: type[StateTunerModel], name: str, info: Any) -> None:
+def _check_loaded(model: nn.Module, tuner: type[MixerTunerModel], name: str, info: Any) -> None:
     expected = tuner.stored_tensors(model, name)
     found = {key: tensor for key, tensor in expected.items() if key not in info.missing_keys}
     found |= {key.removesuffix(f".{name}"): torch.empty(0) for key in info.unexpected_keys}

@@ -99,7 +99,10 @@ def test_a_method_that_does_not_fit_names_those_that_do():
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
-    fitting = "full, layer-norm, last-layers, embeddings, lora, dora, ia3, prompt-tuning, p-tuning, prefix-tuning"
+    fitting = (
+        "full, layer-norm, last-layers, embeddings, lora, dora, ia3, prompt-tuning, p-tuning, prefix-tuning, "
+        "prefix-tuning-mlp"
+    )
     for name, reason in (
         ("state-offset", "it has no recurrent mixer that ssmtune drives"),
         ("lora-s6", "it has no module x_proj or dt_proj"),
@@ -143,6 +146,10 @@ SIZE_130M = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "
         ("state-offset-y", {}, 36_864),
         ("prefix-tuning", {}, 24 * 16 * 768),
         ("prefix-tuning", {"reparametrize": 32}, 24 * (16 * 768 + 2 * 768 * 32 + 768 + 32)),
+        ("prefix-tuning-mlp", {}, 24 * (16 * 768 + 2 * 768 * 384 + 768 + 384)),
+        ("iterative-suffix", {}, 24 * 16 * 768),
+        ("additional-scan", {}, 884_736),
+        ("additional-scan", {"extra_states": 6, "layers": [0]}, 3 * 6 * 1536),
         ("initial-state+state-offset", {}, 2 * 589_824),
         ("lora+state-offset", {"target_modules": ["x_proj", "dt_proj"]}, 24 * 8 * (1536 + 80 + 48 + 1536) + 589_824),
     ],

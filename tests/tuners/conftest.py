@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssmtune.tuners import InitialStateConfig, StateOffsetConfig
+from ssmtune.tuners import AdditionalScanConfig, InitialStateConfig, StateOffsetConfig
 
 VARIANTS = {
     "offset-h": lambda **kwargs: StateOffsetConfig(**kwargs),
@@ -12,18 +12,25 @@ VARIANTS = {
     "initial": lambda **kwargs: InitialStateConfig(**kwargs),
     "initial-conv": lambda **kwargs: InitialStateConfig(conv_state=True, **kwargs),
     "initial-rank2": lambda **kwargs: InitialStateConfig(rank=2, alpha=4, **kwargs),
+    "additional": lambda **kwargs: AdditionalScanConfig(states=3, **kwargs),
 }
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def make_config(request):
-    """Every variant of both methods, as a function of the config fields they share."""
+    """Every variant of every method that adds to mixers, as a function of the config fields they share."""
     return request.param
 
 
-@pytest.fixture(params=[name for name in VARIANTS if name != "initial-conv"])
+@pytest.fixture(params=[name for name in VARIANTS if name != "additional"])
+def make_state_config(request):
+    """As `make_config`, for the two methods whose adapters can be summed."""
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(params=[name for name in VARIANTS if name not in ("initial-conv", "additional")])
 def make_scan_config(request):
-    """As `make_config`, without the variant that acts before the scan."""
+    """As `make_config`, without those that do more than add to the states of a scan."""
     return VARIANTS[request.param]
 
 

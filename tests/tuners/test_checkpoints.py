@@ -10,7 +10,7 @@ from ssmtune.tuners import StateOffsetConfig
 
 
 def adapter_tensors(model):
-    return {n: p.detach() for n, p in model.named_parameters() if "state_offset_" in n or "initial_state_" in n}
+    return {n: p.detach() for n, p in model.named_parameters() if "_adapter." in n}
 
 
 def load_tensors(folder):

@@ -327,9 +327,10 @@ def test_passing_input_embeds(adapted, input_ids, logits):
     assert torch.equal(adapted.generate(inputs_embeds=embeds, **options), expected)
 
 
-def test_weighted_combination_of_adapters(adapted, make_config, input_ids, logits):
+def test_weighted_combination_of_adapters(fresh, make_state_config, make_nonzero, input_ids, logits):
+    adapted = make_nonzero(get_peft_model(fresh(), make_state_config(task_type="CAUSAL_LM"))).eval()
     one = logits(adapted, input_ids)
-    add(adapted, "other", make_config(), 2)
+    add(adapted, "other", make_state_config(), 2)
     for name, weights in {"same": [1.0, 0.0], "mean": [0.5, 0.5], "difference": [1.0, -1.0]}.items():
         adapted.add_weighted_adapter(["default", "other"], weights, name)
         adapted.set_adapter(name)

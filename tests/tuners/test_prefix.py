@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import ssmtune
 from ssmtune import InitialStateConfig
 from ssmtune.mixers import find_mixers
-from ssmtune.tuners.initial_state import prefix_from_tokens
+from ssmtune.tuners.virtual_tokens import start_from_tokens
 
 
 def adapted(model, tokens, hidden=None, **options):
@@ -16,7 +16,7 @@ def adapted(model, tokens, hidden=None, **options):
 
 
 def prefixes(model):
-    return [mixer.start_adapter.initial_state_prefix["default"] for _, mixer in find_mixers(model)]
+    return [mixer.start_adapter.virtual_tokens["default"] for _, mixer in find_mixers(model)]
 
 
 def with_tokens_in_front(model, input_ids):
@@ -126,7 +126,7 @@ def test_it_can_start_as_if_the_model_had_read_a_text(tiny_mamba, assert_close, 
     with torch.no_grad():
         expected = tiny_mamba(input_ids=torch.cat([text.expand(2, -1), input_ids], dim=1)).logits[:, 7:]
         model = adapted(tiny_mamba, 7, hidden)
-        prefix_from_tokens(model, text)
+        start_from_tokens(model, text)
         assert_close("logits", expected, model(input_ids=input_ids).logits, 1e-5)
 
 

@@ -18,6 +18,8 @@ METHODS = {
 }
 PAIRS = [("offset", "low"), ("low", "offset"), ("initial", "low"), ("low", "initial"), ("offset", "initial")]
 
+LAYERS = {"StateOffsetLayer", "InitialStateLayer", "AdditionalScanLayer"}
+
 
 def fill(model, adapter_name, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -31,6 +33,10 @@ def fill(model, adapter_name, seed):
 
 @pytest.fixture
 def two_adapters(tiny_mamba, make_config):
+    return two_of(tiny_mamba, make_config)
+
+
+def two_of(tiny_mamba, make_config):
     model = get_peft_model(tiny_mamba, make_config(), adapter_name="first")
     model.add_adapter("second", make_config())
     fill(model, "first", 1)
@@ -57,7 +63,8 @@ def test_set_adapter_switches(two_adapters, input_ids, logits):
     assert torch.equal(logits(two_adapters, input_ids), first)
 
 
-def test_active_adapters_are_summed(two_adapters, input_ids, logits):
+def test_active_adapters_are_summed(tiny_mamba, make_state_config, input_ids, logits):
+    two_adapters = two_of(tiny_mamba, make_state_config)
     layers = [m for m in two_adapters.modules() if isinstance(m, ssmtune.mixers.StateAdapter)]
 
     def handed_over(layer):
@@ -92,7 +99,7 @@ def test_status(two_adapters):
     status = two_adapters.get_model_status()
     assert (status.num_adapter_layers, status.active_adapters, status.merged_adapters) == (2, ["first"], [])
     assert status.available_adapters == ["first", "second"]
-    assert {layer.module_type for layer in two_adapters.get_layer_status()} <= {"StateOffsetLayer", "InitialStateLayer"}
+    assert {layer.module_type for layer in two_adapters.get_layer_status()} <= LAYERS
 
 
 def test_adapters_are_stored_apart(two_adapters, tiny_mamba, make_config, tmp_path, input_ids, logits):

@@ -30,9 +30,9 @@ def trainable(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_trainer_lowers_the_loss_and_leaves_the_base_alone(tiny_mamba, make_config, examples, tmp_path):
+def test_trainer_lowers_the_loss_and_leaves_the_base_alone(tiny_mamba, make_state_config, examples, tmp_path):
     base = copy.deepcopy(tiny_mamba.state_dict())
-    model = get_peft_model(tiny_mamba, make_config(task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_mamba, make_state_config(task_type="CAUSAL_LM"))
     trainer = train(model, examples[:2], tmp_path, max_steps=12, save_strategy="no")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.05

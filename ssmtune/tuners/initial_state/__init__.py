@@ -1,6 +1,6 @@
 """Initial State Tuning."""
 
-from ssmtune.tuners.initial_state.cache import initial_state_from_text, prefix_from_tokens, starting_cache
+from ssmtune.tuners.initial_state.cache import initial_state_from_text, starting_cache
 from ssmtune.tuners.initial_state.config import InitialStateConfig
 from ssmtune.tuners.initial_state.layer import InitialStateLayer
 from ssmtune.tuners.initial_state.model import InitialStateModel
@@ -10,6 +10,5 @@ __all__ = [
     "InitialStateLayer",
     "InitialStateModel",
     "initial_state_from_text",
-    "prefix_from_tokens",
     "starting_cache",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from ssmtune.mixers import find_mixers
 from ssmtune.mixers.cache import read_states
 from ssmtune.tuners.initial_state.layer import InitialStateLayer
 from ssmtune.tuners.initial_state.model import InitialStateModel
+from ssmtune.tuners.mixer_layer import as_base
 
 
 def initial_state_from_text(model: nn.Module, tokenizer: Any, text: str, adapter_name: str | None = None) -> int:
@@ -57,41 +56,16 @@ def initial_state_from_text(model: nn.Module, tokenizer: Any, text: str, adapter
             f"the text {text!r} has no tokens, so there is nothing to begin with.\n"
             "  Pass a text, or leave the adapter at zero."
         )
-    with _as_base(model, [layer for _, layer in mixers]), torch.no_grad():
+    with as_base(model, [layer for _, layer in mixers]), torch.no_grad():
         output = model(input_ids=input_ids.to(mixers[0][0].A_log.device), use_cache=True)
     cache = output.get("cache_params", output.get("past_key_values"))
     for mixer, layer in mixers:
         context, state = read_states(cache, mixer.layer_idx, mixer.conv_kernel_size)
-        layer.assign("h", adapter_name, state.reshape(layer.dim, layer.dstate))
+        # States that another adapter has beside those of the mixer come after these.
+        layer.assign("h", adapter_name, state[..., : layer.dstate].reshape(layer.dim, layer.dstate))
         if adapter_name in layer.tensors("conv"):
             layer.assign("conv", adapter_name, context[0])
     return input_ids.shape[1]
-
-
-@torch.no_grad()
-def prefix_from_tokens(model: nn.Module, input_ids: torch.Tensor) -> None:
-    """Let virtual tokens begin as what each mixer sees of a text: the model then starts as if it had read it.
-
-    Args:
-        model: a model with an adapter of Initial State Tuning with `virtual_tokens`.
-        input_ids: (1, virtual_tokens).
-    """
-    mixers = _adapted_mixers(model)
-    seen: list[torch.Tensor] = []
-
-    def see(_, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-
-    hooks = [mixer.register_forward_pre_hook(see, with_kwargs=True) for mixer, _ in mixers]
-    try:
-        with _as_base(model, [layer for _, layer in mixers]):
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for (_, layer), hidden_states in zip(mixers, seen, strict=True):
-        for prefix in layer.initial_state_prefix.values():
-            prefix.tokens.copy_(hidden_states[0])
 
 
 @torch.no_grad()
@@ -146,21 +120,3 @@ def _adapted_mixers(model: nn.Module) -> list[tuple[nn.Module, InitialStateLayer
             "  Add one by get_peft_model(model, InitialStateConfig(...)), or load one."
         )
     return mixers
-
-
-@contextmanager
-def _as_base(model: nn.Module, layers: list[InitialStateLayer]) -> Iterator[None]:
-    """Switch the initial states and everything that acts in training only off, for the time of the body."""
-    modes = {module: module.training for module in model.modules()}
-    disabled = [layer.disable_adapters for layer in layers]
-    model.eval()
-    for layer in layers:
-        # Not by enable_adapters, which also says what requires gradients.
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, disabled, strict=True):
-            layer._disable_adapters = was
-        for module, training in modes.items():
-            module.training = training

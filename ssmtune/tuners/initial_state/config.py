@@ -40,32 +40,11 @@ class InitialStateConfig(StateTunerConfig):
         metadata={"help": "Also learn the (dim, width - 1) inputs that the convolution sees left of the first token."},
     )
 
-    virtual_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Train so many virtual tokens per mixer, whose state is the initial one; folded when saved."},
-    )
-
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("INITIAL_STATE")
-        if self.virtual_tokens is None:
-            return
-        if type(self.virtual_tokens) is not int or self.virtual_tokens < 1:
-            raise ValueError(
-                f"virtual_tokens must be None or an integer of at least 1, got {self.virtual_tokens!r}.\n"
-                "  It is the number of virtual tokens of every mixer. Leave it out to train the state itself."
-            )
-        if self.rank is not None:
-            raise ValueError(
-                f"virtual_tokens={self.virtual_tokens} does not go with rank={self.rank}: either makes the state.\n"
-                "  Leave one of them out."
-            )
-        self.conv_state = True
-
-    def folded(self) -> InitialStateConfig:
-        folded = super().folded()
-        folded.virtual_tokens = None
-        return folded
+        if self.virtual_tokens is not None:
+            self.conv_state = True
 
     @property
     def title(self) -> str:

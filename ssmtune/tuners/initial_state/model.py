@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import torch
-
 from ssmtune.tuners.initial_state.layer import InitialStateLayer
 from ssmtune.tuners.state_tuner import StateTunerModel
 
@@ -18,16 +16,4 @@ class InitialStateModel(StateTunerModel):
     )
 
     def _combined_fields(self, adapters, configs):
-        return {"conv_state": any(config.conv_state for config in configs), "virtual_tokens": None}
-
-    @classmethod
-    @torch.no_grad()
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, layer in cls._layers(model):
-            if adapter_name in layer.initial_state_prefix:
-                prefix = layer.initial_state_prefix[adapter_name]
-                for key, _ in prefix.named_parameters():
-                    del found[f"{name}.initial_state_prefix.{adapter_name}.{key}"]
-                found |= {f"{name}.{cls.prefix}{kind}.{adapter_name}": state for kind, state in prefix().items()}
-        return found
+        return {"conv_state": any(config.conv_state for config in configs)}

@@ -15,6 +15,9 @@ class StateOffsetConfig(StateTunerConfig):
 
     Args:
         target: "h" or "y".
+        virtual_tokens: None, or how many virtual tokens per mixer to train in place of the offset (iterative suffix
+            tuning): what they leave behind is the offset. They are folded into it when the adapter is saved. With
+            `reparametrize` they go through an MLP. Only with target "h".
         rank: None for a whole matrix, or the rank of a low-rank one. Only with target "h".
         alpha: scales the low-rank product by alpha / rank.
         dropout: share of the rank terms of the low-rank product that a training step leaves out.
@@ -44,6 +47,11 @@ class StateOffsetConfig(StateTunerConfig):
             raise ValueError(
                 f"target must be 'h' or 'y', got {self.target!r}.\n"
                 "  'h' adds an offset to the state where it is read, 'y' to the output of the scan."
+            )
+        if self.target == "y" and self.virtual_tokens is not None:
+            raise ValueError(
+                f"virtual_tokens={self.virtual_tokens} does not go with target 'y': what tokens leave is a state.\n"
+                "  Leave virtual_tokens out, or use target 'h'."
             )
         if self.target == "y" and self.rank is not None:
             raise ValueError(

@@ -1,15 +1,22 @@
+"""Training a state as what virtual tokens leave behind: prefix tuning, and iterative suffix tuning."""
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmtune.mixers import find_mixers
+from ssmtune.tuners.mixer_layer import as_base
 
-class Prefix(nn.Module):
-    """Trained virtual tokens that enter one mixer before a text, their outputs dropped.
 
-    All that a text sees of them is the state and the inputs of the convolution that they leave behind:
+class VirtualTokens(nn.Module):
+    """Trained virtual tokens that enter one mixer, their outputs dropped.
 
-        h_0, conv = mixer.states_after(tokens)        or of tokens + outer(tanh(inner(tokens))), outer zero at first
+    All that a text after them sees is the state and the inputs of the convolution that they leave behind:
+
+        h, conv = mixer.states_after(tokens)          or of tokens + outer(tanh(inner(tokens))), outer zero at first
 
     Args:
         mixer: the mixer that they enter.
@@ -23,7 +30,7 @@ class Prefix(nn.Module):
         # In a tuple, so that the mixer does not become a child of its own descendant.
         self.mixer = (mixer,)
         size = mixer.out_proj.out_features
-        # As large as what the norm before a mixer gives; `prefix_from_tokens` has better ones.
+        # As large as what the norm before a mixer gives; `start_from_tokens` has better ones.
         self.tokens = nn.Parameter(torch.randn(tokens, size, device=device))
         self.inner = self.outer = None
         if hidden is not None:
@@ -50,3 +57,34 @@ class Prefix(nn.Module):
             tokens = tokens + self.outer(torch.tanh(self.inner(tokens)))
         state, conv = mixer.states_after(tokens.unsqueeze(0).to(mixer.out_proj.weight.dtype))
         return {"h": state[0], "conv": conv[0]}
+
+
+@torch.no_grad()
+def start_from_tokens(model: nn.Module, input_ids: Tensor) -> None:
+    """Let virtual tokens begin as what each mixer sees of a text.
+
+    Args:
+        model: a model with an adapter that has `virtual_tokens`.
+        input_ids: (1, virtual_tokens).
+    """
+    owners = [
+        (mixer, layer, known)
+        for _, mixer in find_mixers(model)
+        for layer in mixer.children()
+        if (known := getattr(layer, "virtual_tokens", None))
+    ]
+    seen: list[Tensor] = []
+
+    def see(_, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [mixer.register_forward_pre_hook(see, with_kwargs=True) for mixer, _, _ in owners]
+    try:
+        with as_base(model, [layer for _, layer, _ in owners]):
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (_, _, known), hidden_states in zip(owners, seen, strict=True):
+        for virtual in known.values():
+            virtual.tokens.copy_(hidden_states[0])
