@@ -76,7 +76,7 @@ class TrainConfig:
     seed: int = _option(0, "seed of initialisation, data order and dropout", minimum=0)
     dtype: str = _option(
         "float32",
-        "type of the model's weights, also of those trained in place; adapters are float32",
+        "type of the model's weights; adapters and the copies that weights are updated in are float32",
         choices=("float32", "bfloat16"),
     )
     autocast: bool = _option(False, "compute in bfloat16 from float32 weights: faster where the processor can")

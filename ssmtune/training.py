@@ -31,6 +31,7 @@ from ssmtune.config import ConfigError, EvalConfig, TrainConfig
 from ssmtune.data import Collator, EncodedExamples, Example, encode_all
 from ssmtune.generation import score_encoded
 from ssmtune.likelihood import pad_id, target_losses
+from ssmtune.master_weights import MasterAdamW
 from ssmtune.models import no_progress_bars, portable_name
 from ssmtune.run_directory import RunDirectory, environment, whole_folder, write_json
 from ssmtune.training_log import RunLog, StopRequest, diverged, draw_losses
@@ -194,6 +195,7 @@ class _Trainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
         )
+        adamw = {"lr": config.lr, "betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
         # DataParallel would cut up the positions at which logits are wanted; several GPUs are a matter for torchrun
         arguments._n_gpu = min(arguments.n_gpu, 1)
         super().__init__(
@@ -201,6 +203,7 @@ class _Trainer(Trainer):
             args=arguments,
             train_dataset=train_data,
             data_collator=Collator(pad_id(log.tokenizer)),
+            optimizer_cls_and_kwargs=(MasterAdamW, adamw) if _trains_half(model) else None,
         )
         # compute_loss divides by the target tokens of the whole step, which Trainer counts if the model asks for them
         self.model_accepts_loss_kwargs = True
@@ -333,6 +336,10 @@ def _assign(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
+
+
+def _trains_half(model: nn.Module) -> bool:
+    return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

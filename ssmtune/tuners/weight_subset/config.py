@@ -15,7 +15,7 @@ class WeightSubsetConfig(PeftConfig):
     r"""Config for training some of a model's own tensors, such as its biases, and storing these alone.
 
     The tensors keep the type of the model. In bfloat16 updates the size of a usual learning rate round to nothing:
-    load the model in float32 to train it.
+    `ssmtune train` therefore updates float32 copies (`ssmtune.master_weights.MasterAdamW`, for any loop).
 
     Args:
         parameters: regular expressions; a parameter is trained if one is found anywhere in its name, as `\.bias$` in
