@@ -48,7 +48,7 @@ class PatchSummary:
         return line
 
 
-def patch(model: nn.Module) -> PatchSummary:
+def patch(model: nn.Module, *, recompute_scan: bool | None = None) -> PatchSummary:
     """Run the mixers of this model on the operators of ssmtune.
 
     Only these instances change: other models, transformers itself, parameters and state dict keys stay as they are.
@@ -58,6 +58,9 @@ def patch(model: nn.Module) -> PatchSummary:
 
     Args:
         model: a model, or any module, with Mamba mixers in it.
+        recompute_scan: whether training runs each scan again in its backward pass, rather than keep what that needs of
+            it. It takes a third to a half less memory, and a few percent more time. None leaves mixers that are patched
+            already as they are; for others it is False.
 
     Returns:
         A summary that prints as `24 mixers -> cpu`.
@@ -83,6 +86,8 @@ def patch(model: nn.Module) -> PatchSummary:
     backend = backends.choose("selective_scan", weight.device, weight.dtype)
     for _, mixer in mixers:
         patch_mixer(mixer)
+        if recompute_scan is not None:
+            mixer.recompute_scan = recompute_scan
     install_packing(model)
     return PatchSummary(tuple(name for name, _ in mixers), backend, skipped)
 
@@ -150,6 +155,7 @@ def unpatch_mixer(module: nn.Module) -> bool:
     if not isinstance(module, SelectiveMixer):
         return False
     _check_unpatchable(module)
+    module.__dict__.pop("recompute_scan", None)
     _swap_class(module, module.original_class)
     return True
 

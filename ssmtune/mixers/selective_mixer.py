@@ -9,23 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmtune import ops
+from ssmtune.ops.backends import requested
 
 from .cache import read_states
+from .pads import CLOSED, find_pads, place_conv_state
+from .recomputation import Recomputation
 from .state_inputs import adapters_of, sum_state_inputs, with_extra_states
-
-# softplus of it is exactly zero whatever the bias, and every half type can hold it.
-_CLOSED = -1e4
 
 
 class SelectiveMixer(nn.Module):
     """A transformers mixer whose forward pass runs on `ssmtune.ops`.
 
     Mixed into a transformers class by one small class per architecture, which names that class in `original_class` and
-    overrides what it does differently. It adds neither parameters nor attributes, so that an instance changes by its
-    class alone.
+    overrides what it does differently. It adds no parameters, so that an instance changes by its class alone.
+
+    For the backward pass it keeps what `in_proj` and `x_proj` gave. The output of the convolution and the time step are
+    made again, unless a wrapped `conv1d` or `dt_proj` makes them. With `recompute_scan` so are the states between the
+    chunks of the scan, and its output where `out_proj` trains.
     """
 
     original_class: ClassVar[type[nn.Module]]
+    recompute_scan = False
 
     def forward(
         self, hidden_states: Tensor, cache_params: Any | None = None, attention_mask: Tensor | None = None, **kwargs
@@ -69,58 +73,59 @@ class SelectiveMixer(nn.Module):
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
 
         x, z = self.split_input(self.in_proj(hidden_states))
-        if pads is not None:
-            # After the projection rather than before it: its bias must not reach the convolution.
-            x = x.masked_fill(pads, 0)
-        x, z = x.transpose(1, 2), z.transpose(1, 2)
-        # One token of generation, for which cached states are overwritten rather than read and written.
-        step = seqlen == 1 and state is not None and not torch.is_grad_enabled()
-        # The step reads offsets from stacks of them; the convolution and the scan want a tensor for each row.
-        inputs = inputs.at_every_token() if step else inputs.of_rows()
-        window = x
-        if cu_seqlens is not None and inputs.conv_state is not None:
-            context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
-        elif context is None and inputs.conv_state is not None:
-            context, x = place_conv_state(inputs.conv_state, x, pads)
-            # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
-            window = x if cache is None else torch.cat([context, x], dim=-1)
-        if step and not cache.layers[self.layer_idx].record_past and _is_plain(self.conv1d, nn.Conv1d):
-            u = self.convolve_step(x, context)
-        else:
-            u = self.convolve(x, context, cu_seqlens)
-            if cache is not None:
-                cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        with Recomputation() as made:
+            if pads is not None:
+                # After the projection rather than before it: its bias must not reach the convolution.
+                x = made.by(Tensor.masked_fill, x, pads, 0)
+            x, z = x.transpose(1, 2), z.transpose(1, 2)
+            # One token of generation, for which cached states are overwritten rather than read and written.
+            step = seqlen == 1 and state is not None and not torch.is_grad_enabled()
+            # The step reads offsets from stacks of them; the convolution and the scan want a tensor for each row.
+            inputs = inputs.at_every_token() if step else inputs.of_rows()
+            window = x
+            if cu_seqlens is not None and inputs.conv_state is not None:
+                context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
+            elif context is None and inputs.conv_state is not None:
+                context, x = made.by(place_conv_state, inputs.conv_state, x, pads)
+                # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
+                window = x if cache is None else torch.cat([context, x], dim=-1)
+            if step and not cache.layers[self.layer_idx].record_past and _is_plain(self.conv1d, nn.Conv1d):
+                u = self.convolve_step(x, context)
+            else:
+                u = self.convolve(made, x, context, cu_seqlens)
+                if cache is not None:
+                    cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
 
-        dt, B, C = self.project_convolved(u.transpose(1, 2))
-        delta, delta_bias = self.project_time_step(dt)
-        if pads is not None:
-            # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
-            delta = delta.masked_fill(pads, _CLOSED)
-        A, B, C, inputs = with_extra_states(self, u.transpose(1, 2), self.state_matrix(), B, C, inputs)
-        delta, B, C, D = delta.transpose(1, 2), B.movedim(1, -1), C.movedim(1, -1), self.D.flatten()
-        if state is not None:
-            # A view, which is overwritten.
-            state = state.view(batch, -1, state.shape[-1])
+            dt, B, C = self.project_convolved(u.transpose(1, 2))
+            delta, delta_bias = self.project_time_step(made, dt)
+            if pads is not None:
+                # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
+                delta = made.by(Tensor.masked_fill, delta, pads, CLOSED)
+            A, B, C, inputs = with_extra_states(self, u.transpose(1, 2), self.state_matrix(), B, C, inputs)
+            delta, B, C, D = delta.transpose(1, 2), B.movedim(1, -1), C.movedim(1, -1), self.D.flatten()
+            if state is not None:
+                # A view, which is overwritten.
+                state = state.view(batch, -1, state.shape[-1])
 
-        if step:
-            y = ops.selective_state_update(
-                state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], D,
-                z=z[..., 0], dt_bias=delta_bias, dt_softplus=True,
-                state_offset=inputs.state_offset, output_offset=inputs.output_offset,
-                adapter_index=inputs.adapter_index,
-            ).unsqueeze(1)  # fmt: skip
-        else:
-            y = ops.selective_scan(
-                u, delta, A, B, C, D,
-                z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=cache is not None,
-                initial_state=inputs.initial_state if state is None else state,
-                state_offset=inputs.state_offset, output_offset=inputs.output_offset, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
-            if cache is not None:
-                y, last_state = y
-                cache.update_recurrent_state(last_state.unflatten(1, self.A_log.shape[:-1]), self.layer_idx)
-            y = y.transpose(1, 2)
-        out = self.out_proj(y)
+            if step:
+                y = ops.selective_state_update(
+                    state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], D,
+                    z=z[..., 0], dt_bias=delta_bias, dt_softplus=True,
+                    state_offset=inputs.state_offset, output_offset=inputs.output_offset,
+                    adapter_index=inputs.adapter_index,
+                ).unsqueeze(1)  # fmt: skip
+            else:
+                y = self.scan(
+                    made, u, delta, A, B, C, D,
+                    z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=cache is not None,
+                    initial_state=inputs.initial_state if state is None else state,
+                    state_offset=inputs.state_offset, output_offset=inputs.output_offset, cu_seqlens=cu_seqlens,
+                )  # fmt: skip
+                if cache is not None:
+                    y, last_state = y
+                    cache.update_recurrent_state(last_state.unflatten(1, self.A_log.shape[:-1]), self.layer_idx)
+                y = y.transpose(1, 2)
+            out = self.out_proj(y)
         return out if cu_seqlens is None else out.view(*rows, -1)
 
     def states_after(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,15 +140,22 @@ class SelectiveMixer(nn.Module):
         """
         x, _ = self.split_input(self.in_proj(hidden_states))
         x = x.transpose(1, 2)
-        u = self.convolve(x, None, None)
-        dt, B, C = self.project_convolved(u.transpose(1, 2))
-        delta, delta_bias = self.project_time_step(dt)
-        _, state = ops.selective_scan(
-            u, delta.transpose(1, 2), self.state_matrix(), B.movedim(1, -1), C.movedim(1, -1),
-            delta_bias=delta_bias, delta_softplus=True, return_last_state=True,
-        )  # fmt: skip
+        with Recomputation() as made:
+            u = self.convolve(made, x, None, None)
+            dt, B, C = self.project_convolved(u.transpose(1, 2))
+            delta, delta_bias = self.project_time_step(made, dt)
+            _, state = self.scan(
+                made, u, delta.transpose(1, 2), self.state_matrix(), B.movedim(1, -1), C.movedim(1, -1),
+                delta_bias=delta_bias, delta_softplus=True, return_last_state=True,
+            )  # fmt: skip
         width = self.conv_kernel_size - 1
         return state, F.pad(x, (width, 0))[..., x.shape[-1] :]
+
+    def scan(self, made: Recomputation, *args: Any, **kwargs: Any) -> Any:
+        """`ops.selective_scan`, for the backward pass kept or made again."""
+        if self.recompute_scan:
+            return made.by(ops.selective_scan, *args, backend=requested(), **kwargs)
+        return ops.selective_scan(*args, **kwargs)
 
     def state_matrix(self) -> Tensor:
         """A (dim, dstate), negative, in float32 or wider."""
@@ -153,21 +165,21 @@ class SelectiveMixer(nn.Module):
             A = adapter.change_matrix(A)
         return A
 
-    def convolve(self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def convolve(self, made: Recomputation, x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """Causal convolution and activation of (batch, dim, seqlen), with the inputs left of it or zeros."""
         conv = self.conv1d
         silu = self.activation in ("silu", "swish")
         if _is_plain(conv, nn.Conv1d):
-            u = ops.causal_conv1d(
-                x, conv.weight.squeeze(1), conv.bias,
-                initial_states=context, activation="silu" if silu else None, cu_seqlens=cu_seqlens,
+            u = made.by(
+                ops.causal_conv1d, x, conv.weight.squeeze(1), conv.bias,
+                initial_states=context, activation="silu" if silu else None, cu_seqlens=cu_seqlens, backend=requested(),
             )  # fmt: skip
             return u if silu else self.act(u)
         if cu_seqlens is not None:
             pieces = x.split(cu_seqlens.diff().tolist(), dim=-1)
             contexts = [None] * len(pieces) if context is None else context.split(1)
             return torch.cat(
-                [self.convolve(piece, left, None) for piece, left in zip(pieces, contexts, strict=True)], dim=-1
+                [self.convolve(made, piece, left, None) for piece, left in zip(pieces, contexts, strict=True)], dim=-1
             )
         # The module pads by conv_kernel_size - 1 on both sides; its output i ends at input i.
         start = 0 if context is None else context.shape[-1]
@@ -198,11 +210,11 @@ class SelectiveMixer(nn.Module):
             B, C = adapter.change_projections(u, B, C)
         return dt, B, C
 
-    def project_time_step(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project_time_step(self, made: Recomputation, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """The time step per channel (batch, seqlen, dim), and the bias (dim,) that the scan still has to add to it."""
         dt_proj = self.dt_proj
         if _is_plain(dt_proj, nn.Linear):
-            return F.linear(dt, dt_proj.weight), dt_proj.bias
+            return made.by(F.linear, dt, dt_proj.weight), dt_proj.bias
         return dt_proj(dt), None
 
 
@@ -212,52 +224,6 @@ class NormalizingMixer(SelectiveMixer):
     def project_convolved(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dt, B, C = super().project_convolved(u)
         return self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-
-
-def find_pads(attention_mask: Tensor | None, batch: int, seqlen: int) -> Tensor | None:
-    """Where the pads are, (batch, seqlen, 1), or None when there are none.
-
-    A mask of ones is recognised, and then costs nothing, only where looking is free: not on a GPU, which would have to
-    be waited for, and not while a graph is being traced.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seqlen:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, seqlen) = {(batch, seqlen)}.\n"
-            "  The mask marks the pads of the hidden states. Pass one column per token, or None when there are no pads."
-        )
-    # The tokens at hand are the last ones of a mask that covers the cached tokens too.
-    attention_mask = attention_mask[:, attention_mask.shape[1] - seqlen :]
-    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(attention_mask.all()):
-        return None
-    return (attention_mask == 0).unsqueeze(-1)
-
-
-def place_conv_state(conv_state: Tensor, x: Tensor, pads: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Put learned inputs of the convolution right before the first token of every row.
-
-    Args:
-        conv_state: (dim, width - 1) or (batch, dim, width - 1), oldest first.
-        x: (batch, dim, seqlen), zero at pads.
-        pads: (batch, seqlen, 1), or None.
-
-    Returns:
-        The inputs (batch, dim, width - 1) left of x, and x. In a row that begins with pads the learned inputs take
-        the place of the last ones, and zeros go to the left.
-    """
-    batch, dim, seqlen = x.shape
-    context = conv_state.to(x.dtype).expand(batch, -1, -1)
-    if pads is None:
-        return context, x
-    width = context.shape[-1]
-    leading = pads.squeeze(-1).long().cumprod(1).sum(1, keepdim=True)
-    place = torch.arange(width + seqlen, device=x.device).expand(batch, -1)
-    # Of [learned inputs, pads, tokens] the first two change places.
-    source = torch.where(place < leading, place + width, torch.where(place < leading + width, place - leading, place))
-    source = source.unsqueeze(-1).expand(-1, -1, dim)
-    moved = torch.cat([context.transpose(1, 2), x.transpose(1, 2)], dim=1).gather(1, source).transpose(1, 2)
-    return moved[..., :width], moved[..., width:]
 
 
 def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
 
+from .recomputation import Recomputation
 from .selective_mixer import SelectiveMixer
 
 
@@ -27,6 +28,9 @@ class PatchedZambaMambaMixer(SelectiveMixer, ZambaMambaMixer):
         projected = torch.einsum("blhd,hrd->blhr", heads, self.x_proj_weight)
         return projected.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
 
-    def project_time_step(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
-        delta = torch.einsum("blhr,hdr->blhd", dt, self.dt_proj_weight).flatten(-2)
-        return delta, self.dt_proj_bias.flatten()
+    def project_time_step(self, made: Recomputation, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        return made.by(_expand_time_step, dt, self.dt_proj_weight), self.dt_proj_bias.flatten()
+
+
+def _expand_time_step(dt: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("blhr,hdr->blhd", dt, weight).flatten(-2)

@@ -198,6 +198,19 @@ def available_backends(op: str) -> dict[str, str | None]:
     return {name: backend.why_not(op) for name, backend in BACKENDS.items()}
 
 
+def requested() -> str:
+    """Name what is asked for here and now, by `with backend(...)` or else through SSMTUNE_BACKEND; "auto" by default.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if _wish is not None:
+        return _wish
+    wish = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    _check_name(wish, f"{ENVIRONMENT_VARIABLE}: ")
+    return wish
+
+
 def choose(
     op: str,
     device: torch.device,
@@ -213,11 +226,8 @@ def choose(
     """
     if wish is not None:
         _check_name(wish, f"{op}: ")
-    elif _wish is not None:
-        wish = _wish
     else:
-        wish = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        _check_name(wish, f"{ENVIRONMENT_VARIABLE}: ")
+        wish = requested()
     call = Call(device.type, dtype, wish != "auto", refusals)
     if wish != "auto":
         reason = BACKENDS[wish].why_not(op) or BACKENDS[wish].accepts(call) or refusals.get(wish)
