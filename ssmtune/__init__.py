@@ -27,6 +27,7 @@ _HOME = {
     "StateOffsetConfig": "tuners",
     "InitialStateConfig": "tuners",
     "AdditionalScanConfig": "tuners",
+    "SparseDimensionConfig": "tuners",
     "WeightSubsetConfig": "tuners",
     "load_adapters": "tuners.several",
     "initial_state_from_text": "tuners.initial_state",

@@ -47,6 +47,9 @@ class MethodConfig:
     )
     virtual_tokens: int | None = _option(None, "of prompt, P-, prefix or suffix tuning (default: 16)", minimum=1)
     extra_states: int | None = _option(None, "states per channel that additional-scan adds (default: 8)", minimum=1)
+    channels: float | None = _option(None, "share of the channels that sdt trains (default: 0.01)", above=0, maximum=1)
+    states: float | None = _option(None, "share of their states that sdt trains (default: 0.1)", above=0, maximum=1)
+    warm_up_steps: int | None = _option(None, "steps after which sdt chooses them (default: 50)", minimum=1)
     last_layers: int | None = _option(None, "how many of the last layers are trained (default: 2)", minimum=1)
 
 

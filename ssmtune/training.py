@@ -15,11 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,6 +36,7 @@ from ssmtune.master_weights import MasterAdamW
 from ssmtune.models import no_progress_bars, portable_name
 from ssmtune.run_directory import RunDirectory, environment, whole_folder, write_json
 from ssmtune.training_log import RunLog, StopRequest, diverged, draw_losses
+from ssmtune.tuners.sparse_dimension import choose_dimensions
 
 _PROGRESS = "progress.json"
 _BEST = "best.safetensors"
@@ -123,6 +125,14 @@ def train(
     memory.reset_peak()
     log = RunLog(run, tokenizer, dev_examples, evaluation, config, past, progress)
     try:
+        if past is None:
+            warm_up = {"max_length": max_length, "progress": False}
+            choose_dimensions(
+                model,
+                lambda steps: train(
+                    model, tokenizer, train_examples, (), replace(config, steps=steps, keep="last"), None, **warm_up
+                ),
+            )
         trainer = _Trainer(model, train_data, dev_data, config, evaluation, run, settings, scratch, log)
         if past is not None and past["best_step"] is not None and config.keep == "best":
             trainer.best = load_file(checkpoint / _BEST)
@@ -323,19 +333,27 @@ class _Trainer(Trainer):
 
 
 def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the trainable tensors: all that a run goes on from, also where a stored adapter is folded."""
+    """Copies of the trainable tensors and of what an adapter has chosen: all that a run goes on from."""
+    chosen = {name: p for name, p in model.named_parameters() if p.requires_grad} | _chosen(model)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in chosen.items()}
+
+
+def _chosen(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The integers that adapters have beside their tensors."""
     return {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        f"{name}.{key}": index
+        for name, module in model.named_modules()
+        if isinstance(module, BufferDict)
+        for key, index in module.items()
+        if not index.is_floating_point()
     }
 
 
 @torch.no_grad()
 def _assign(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+    places = dict(model.named_parameters()) | _chosen(model)
     for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+        places[name].copy_(tensor)
 
 
 def _trains_half(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.methods.method import Method
-from ssmtune.methods.needs import state_mixers
+from ssmtune.methods.needs import modules, state_mixers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,11 +18,35 @@ def add_states(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 
     from ssmtune.tuners import AdditionalScanConfig
 
+    return get_peft_model(model, AdditionalScanConfig(**_settings(options)))
+
+
+def train_dimensions(model: nn.Module, options: Mapping[str, Any], adapter_name: str = "default") -> nn.Module:
+    """Train some channels and states of A, B and C, which a first part of training chooses."""
+    from peft import get_peft_model
+
+    from ssmtune.tuners import SparseDimensionConfig
+
+    return get_peft_model(model, SparseDimensionConfig(**_settings(options)), adapter_name=adapter_name)
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     renamed = {"extra_states": "states", "layers": "layers_to_transform"}
-    settings = {renamed[key]: value for key, value in options.items()}
-    return get_peft_model(model, AdditionalScanConfig(task_type="CAUSAL_LM", **settings))
+    return {"task_type": "CAUSAL_LM"} | {renamed.get(key, key): value for key, value in options.items()}
+
+
+SDT_OPTIONS = ("channels", "states", "warm_up_steps", "layers")
 
 
 STATE_SPACE_METHODS = (
     Method("additional-scan", "Additional-scan", 4e-3, "state", add_states, ("extra_states", "layers"), state_mixers),
+    Method(
+        "sdt",
+        "Sparse dimension tuning",
+        1e-3,
+        "weights",
+        train_dimensions,
+        SDT_OPTIONS,
+        modules("x_proj"),
+    ),
 )

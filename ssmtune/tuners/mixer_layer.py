@@ -51,6 +51,11 @@ class MixerTunerLayer(StateAdapter, BaseTunerLayer):
         return list(self.adapter_layer_names)
 
     @property
+    def index_names(self) -> list[str]:
+        """The names of the dicts of integers that are stored with the tensors."""
+        return []
+
+    @property
     def available_adapters(self) -> set[str]:
         """The names of the adapters that this mixer has."""
         return {adapter for name in self.tensor_names for adapter in getattr(self, name)}

@@ -236,7 +236,8 @@ class MixerTunerModel(BaseTuner):
             device = model.get_submodule(name.rpartition(".")[0]).A_log.device
             for key in cls.stored_tensors(layer, adapter_name):
                 # With low_cpu_mem_usage peft puts these very tensors into the model, so they need its dtype and device.
-                tensor = found[f"{name}.{key}"].to(dtype=torch.float32)
+                tensor = found[f"{name}.{key}"]
+                tensor = tensor.to(dtype=torch.float32) if tensor.is_floating_point() else tensor
                 found[f"{name}.{key}"] = tensor if device.type == "meta" else tensor.to(device)
         return found
 
@@ -246,7 +247,7 @@ class MixerTunerModel(BaseTuner):
         return {
             ".".join(filter(None, (name, kind, adapter_name))): getattr(layer, kind)[adapter_name]
             for name, layer in cls._layers(model)
-            for kind in layer.tensor_names
+            for kind in (*layer.tensor_names, *layer.index_names)
             if adapter_name in getattr(layer, kind)
         }
 

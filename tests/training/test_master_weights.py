@@ -13,7 +13,6 @@ from ssmtune.methods import apply_method
 from ssmtune.models import load_model
 from ssmtune.training import TrainingInterrupted, train
 
-
 KINDS = (torch.optim.AdamW, MasterAdamW)
 
 

@@ -167,11 +167,12 @@ def test_best_weights_are_kept(tiny_checkpoint, tmp_path):
         ("p-tuning", "last"),
         ("lora+state-offset", "best"),
         ("prefix-tuning", "last"),
+        ("lora+sdt", "best"),
     ],
 )
 def test_interrupted_run_resumes_to_the_same_weights(tiny_checkpoint, tmp_path, method, keep):
     config = dataclasses.replace(CONFIG, keep=keep)
-    options = {"dropout": 0.3} if method == "lora" else None
+    options = {"lora": {"dropout": 0.3}, "lora+sdt": {"warm_up_steps": 3}}.get(method)
     run(tiny_checkpoint, tmp_path / "whole", method, config, options)
     interrupt = At(7, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(TrainingInterrupted) as stopped:
