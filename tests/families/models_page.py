@@ -70,14 +70,14 @@ class Outcomes:
             }
             count.append([family, *(_count([outcome for outcome, _ in cells]) for cells in of_family.values())])
             rows = [
-                [check, *(_cell(*of_family[method][index], notes) for method in self.methods)]
+                [check, *(cell(*of_family[method][index], notes) for method in self.methods)]
                 for index, check in enumerate(self.meanings)
             ]
-            tables.append(f"### {family}\n\n{_table([['', *self.methods], *rows])}")
+            tables.append(f"### {family}\n\n{table([['', *self.methods], *rows])}")
         parts = [
             f"{_VERSIONS}{versions}.",
             "Checks that hold, of those that apply:",
-            _table(count),
+            table(count),
             "\n".join(
                 fill(f"- **{check}**: {text}", 118, subsequent_indent="  ", break_on_hyphens=False)
                 for check, text in self.meanings.items()
@@ -122,13 +122,13 @@ def _count(outcomes: list[str]) -> str:
     return f"{applicable.count('passed')} of {len(applicable)}" if applicable else "–"
 
 
-def _cell(outcome: str, reason: str, notes: dict[str, str]) -> str:
+def cell(outcome: str, reason: str, notes: dict[str, str]) -> str:
     sign = {"passed": "✓", "skipped": "–"}.get(outcome, "✗")
     if not reason:
         return sign
     return sign + notes.setdefault(reason, str(len(notes) + 1)).translate(_SUPERSCRIPT)
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
