@@ -29,12 +29,18 @@ TASKS = {
     "qnli": "does a sentence answer a question (accuracy; GLUE)",
     "rte": "does a hypothesis follow (accuracy; GLUE)",
     "wnli": "does a sentence with its pronoun resolved follow (accuracy; GLUE)",
+    "probe-recall": "digits of letters (exact match; known answer, see docs/tasks.md; no data needed)",
+    "probe-copy": "a string of letters given back (exact match; known answer; no data needed)",
+    "probe-swaps": "where objects are after swaps (exact match; known answer; no data needed)",
+    "probe-style": "capitals where a base wrote either case (exact match; known answer; no data needed)",
+    "probe-order": "sorting in an order new to a base (exact match; known answer; no data needed)",
     "files": "your own prompts and completions (perplexity; train, dev and test files)",
 }
 
 _MODULES = {
     "docstring-package": "docstrings",
     "docstring-continuation": "docstrings",
+    **dict.fromkeys(("probe-recall", "probe-copy", "probe-swaps", "probe-style", "probe-order"), "probes"),
     **dict.fromkeys(("sst2", "cola", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"), "glue"),
 }
 

@@ -65,7 +65,7 @@ def test_every_task_is_listed_and_has_a_module():
         assert len(line) < 90
 
 
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {"docstring-package", "docstring-continuation"}))
+@pytest.mark.parametrize("name", [name for name in TASKS if not name.startswith(("docstring-", "probe-"))])
 def test_a_task_that_reads_files_says_which(name, tmp_path):
     with pytest.raises(ConfigError, match=f"task {name} reads its data from disk, and no --data-dir was given"):
         load_task(name)
