@@ -159,7 +159,7 @@ function placeLabels(labels, box) {
   for (const { group, x, y, at, text } of labels) {
     const left = x + 9 + 6.2 * text.length > box.edge;
     const start = left ? x - 9 : x + 9;
-    if (Math.abs(at - y) > 7) group.append(svg("line", { class: "leader", x1: x, y1: y, x2: start, y2: at }));
+    if (Math.abs(at - y) > 9) group.append(svg("line", { class: "leader", x1: x, y1: y, x2: start, y2: at }));
     group.append(svg("text", { x: start, y: at + 4, "text-anchor": left ? "end" : "start" }, text));
   }
 }
@@ -199,7 +199,7 @@ function tradeOff(task, left, width) {
     const text = label(row, together.length);
     const group = series(row, `${text}: ${at.map(brief).join(", ")}`, ...bar, marker(u, v, row.model));
     picture.append(group);
-    labels.push({ group, x: u, y: v, text });
+    labels.push({ group, x: u, y: v - 7, text }); // above the front, which goes on to the right
   }
   placeLabels(labels, { ...box, edge: width });
   return figure;
@@ -260,7 +260,7 @@ function differences(task, left, width) {
   });
   const side = better === "higher" ? "right" : "left";
   picture.append(svg("text", { x: (margin + width) / 2, y: height - 6, "text-anchor": "middle" },
-    `${metric}, paired by seed, 95 % intervals (better to the ${side})`));
+    `${metric} (better to the ${side})`));
   return element("figure", {}, element("figcaption", {}, caption), picture);
 }
 
