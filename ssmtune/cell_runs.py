@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import json
 import math
-import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
+from ssmtune.best_weights import incoming
 from ssmtune.cells import Cell
 from ssmtune.config import EvalConfig, TrainConfig
 from ssmtune.data import Collator, encode_all
 from ssmtune.generation import pad_id, target_log_likelihood
 from ssmtune.methods import apply_method, get_method
+from ssmtune.peft_results import peft_config
 from ssmtune.prechecks import run_prechecks
-from ssmtune.run_directory import whole_folder, write_json
+from ssmtune.step_log import StepLog
 from ssmtune.tasks.task import Task
 from ssmtune.training import parameter_counts, save_weights, train
 
@@ -39,11 +39,22 @@ EVALUATION_BATCH = 32
 
 
 class TaskRuns:
-    """Runs on one task. Each starts from a copy of the base model, which stays as it is."""
+    """Runs on one task. Each starts from a copy of the base model, which stays as it is.
 
-    def __init__(self, task: Task, base: nn.Module, tokenizer, config: ComparisonConfig, out: Path, progress):
+    `callback` gives the callback of Trainer that shows the steps of a cell.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        base: nn.Module,
+        tokenizer,
+        config: ComparisonConfig,
+        out: Path,
+        callback: Callable[[Cell], TrainerCallback],
+    ):
         self.task, self.base, self.tokenizer = task, base, tokenizer
-        self.config, self.out, self.progress = config, out, progress
+        self.config, self.out, self.callback = config, out, callback
         self.checks: dict[str, list[dict[str, Any]]] = {}
         sample = encode_all(tokenizer, task.train[:PRECHECK_EXAMPLES], task.max_length)
         self.batch = Collator(pad_id(tokenizer))(sample.items)
@@ -107,6 +118,7 @@ class TaskRuns:
             log_every=max(1, cell.steps // 20),
         )
         evaluations = config.evaluations if cell.stage == "final" else 1
+        steps = StepLog()
         _return_freed_memory()
         result = train(
             model,
@@ -117,7 +129,7 @@ class TaskRuns:
             None,
             max_length=task.max_length,
             evaluation=EvalConfig(every=math.ceil(cell.steps / evaluations), batch_size=EVALUATION_BATCH, samples=0),
-            callbacks=[self.progress.callback(cell)],
+            callbacks=[self.callback(cell), steps],
             progress=False,
         )
         train_info = {
@@ -126,16 +138,23 @@ class TaskRuns:
             "tokens_per_second": result.tokens_per_second,
             "train_loss": result.train_loss,
             "dev_loss": result.dev_loss,
-            "curve": result.curve,
+            "metrics": result.curve,
+            "total_tokens": next(row["tokens"] for row in reversed(result.curve) if "tokens" in row),
             "peak_memory_bytes": result.peak_memory_bytes,
+            **steps.summary(result.peak_memory_bytes),
             "num_trainable_params": result.trainable_parameters,
             "num_total_params": result.total_parameters,
         }
-        record = {"train_config": asdict(settings), "checks": checks, "train_info": train_info}
+        record = {
+            "train_config": asdict(settings),
+            "peft_config": peft_config(model),
+            "checks": checks,
+            "train_info": train_info,
+        }
         if cell.stage == "final":
             record["metrics"] = self._metrics(model)
             train_info["decode_ms_per_token"] = decoding_milliseconds(model, self.tokenizer, self.prompts[0])
-            train_info["file_size"] = self._keep_if_best(model, cell, result.dev_loss)
+            train_info["file_size"] = self._save(model, cell)
         return record
 
     def _metrics(self, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -156,20 +175,13 @@ class TaskRuns:
             )
         return self.checks[method]
 
-    def _keep_if_best(self, model: nn.Module, cell: Cell, dev_loss: float | None) -> int:
-        """Save the weights, keep them unless another seed's have a lower dev loss, and return their size in bytes."""
-        folder = self.out / "adapters" / cell.task / cell.method
-        mark = {"lr": cell.lr, "seed": cell.seed, "steps": cell.steps, "dev_loss": dev_loss}
-        with tempfile.TemporaryDirectory(prefix="ssmtune-") as scratch:
-            save_weights(model, Path(scratch))
-            size = sum(file.stat().st_size for file in Path(scratch).rglob("*.safetensors"))
-            if _is_better(mark, folder / "cell.json"):
-                with whole_folder(folder) as partial:
-                    shutil.copytree(scratch, partial, dirs_exist_ok=True)
-                    if get_method(cell.method).kind == "full":
-                        self.tokenizer.save_pretrained(partial)
-                    write_json(partial / "cell.json", mark)
-        return size
+    def _save(self, model: nn.Module, cell: Cell) -> int:
+        """Leave the weights where the sweep finds them, and return their size in bytes."""
+        folder = incoming(self.out, cell)
+        save_weights(model, folder)
+        if get_method(cell.method).kind == "full":
+            self.tokenizer.save_pretrained(folder)
+        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def _return_freed_memory() -> None:
@@ -179,19 +191,6 @@ def _return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         pass  # another C library than glibc: the peak is an upper bound
-
-
-def _is_better(mark: Mapping[str, Any], file: Path) -> bool:
-    """Whether the run of `mark` should replace the one that `file` describes, if any."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
-    if any(kept.get(key) != mark[key] for key in ("lr", "steps")) or kept.get("seed") == mark["seed"]:
-        return True
-    if mark["dev_loss"] is None:
-        return False
-    return kept.get("dev_loss") is None or mark["dev_loss"] < kept["dev_loss"]
 
 
 def decoding_milliseconds(model: nn.Module, tokenizer, prompt: str, tokens: int = DECODED_TOKENS) -> float:

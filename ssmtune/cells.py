@@ -1,4 +1,4 @@
-"""The cells of a comparison: one training run each, stored as one JSON file each.
+"""The cells of a comparison: one training run each, stored as one JSON file each, in a folder for each stage.
 
 A file is there with all its content or not at all, and says by a hash what it is the result of: a sweep can be stopped
 anywhere, and goes on where it was.
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ssmtune.run_directory import write_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CellStore:
         self.path = path
 
     def file(self, cell: Cell) -> Path:
-        return self.path / f"{cell.name}.json"
+        return self.path / cell.stage / f"{cell.name}.json"
 
     def finished(self, cell: Cell, hash: str) -> dict[str, Any] | None:
         """The stored result of a cell, if it succeeded under the same conditions."""
@@ -67,12 +67,13 @@ class CellStore:
         return record
 
     def write(self, cell: Cell, record: Mapping[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.file(cell), {"format": FORMAT, "cell": asdict(cell), **record})
+        file = self.file(cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"format": FORMAT, "cell": asdict(cell)} | dict(record))
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All stored results, in the order of their names."""
-        for file in sorted(self.path.glob("*.json")):
+        for file in sorted(self.path.glob("*/*.json"), key=lambda file: file.name):
             if (record := read_record(file)) is not None:
                 yield record
 

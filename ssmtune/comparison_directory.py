@@ -1,15 +1,18 @@
 """The directory of a comparison: what must agree between calls that share one.
 
 comparison.json   the conditions, the tasks and the methods      report.md, report.html, results.csv
-cells/            one JSON file per run                          pictures/
+cells/STAGE       one JSON file per run                          pictures/
 adapters/TASK/METHOD   the best weights of each method
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,38 @@ MAY_GROW = ("tasks", "methods", "seeds")
 MAY_DIFFER = ("data_dir", "model")
 
 
+@contextmanager
+def at_work_in(out: Path) -> Iterator[None]:
+    """Keep other processes from running a comparison in `out`; the system ends that with this process, however it ends.
+
+    Raises:
+        ConfigError: another process is at work there, or `out` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file.\n  Give a directory with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(
+            f"another process is running the comparison in {out}.\n  Wait for it, or give another --out."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def claim(out: Path, description: Mapping[str, Any], overwrite: bool = False) -> None:
-    """Make `out` the directory of this comparison, or check that it is.
+    """Make an existing directory that of this comparison, or check that it is.
 
     Raises:
         ConfigError: it holds something else; says what differs.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file.\n  Give a directory with --out.")
     if overwrite:
         for name in OWN:
             if (out / name).is_dir():
@@ -47,9 +74,8 @@ def claim(out: Path, description: Mapping[str, Any], overwrite: bool = False) ->
                 + "\n  Give another --out, or --overwrite to start afresh. Only tasks, methods and seeds may be added."
             )
         description = _joined(there, description)
-    elif out.is_dir() and any(out.iterdir()):
+    elif any(path.name != f".{FILE}.partial" for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty, and what it holds is not a comparison.\n  Give another --out.")
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / FILE, description)
 
 

@@ -21,20 +21,32 @@ def reset_peak() -> None:
         pass
 
 
+def current_bytes() -> int:
+    """What is in use now: reserved by the allocator on a GPU, by the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved()
+    return _of_process("VmRSS") or peak_bytes()
+
+
 def peak_bytes() -> int:
     """Peak since `reset_peak`: of the allocator on a GPU, of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if match:
-            return int(match.group(1)) * 1024
-    except OSError:
-        pass
+    if (peak := _of_process("VmHWM")) is not None:
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _of_process(name: str) -> int | None:
+    """A value of /proc/self/status, in bytes; None where there is no such file."""
+    try:
+        match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(match.group(1)) * 1024 if match else None
 
 
 def estimate_bytes(model: nn.Module, batch_size: int, length: int, checkpointing: bool = False) -> int:

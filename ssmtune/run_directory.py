@@ -135,14 +135,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    put_in_place(partial, path)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename a folder to `path` on the same file system, in the place of what is there."""
+    old = path.with_name(f".{path.name}.old.partial")
     if path.exists():
-        old = path.with_name(f".{path.name}.old.partial")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
-        os.replace(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(partial, path)
+    os.replace(folder, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -170,7 +173,7 @@ def environment() -> dict[str, Any]:
 
     packages = {}
     program = Path(sys.argv[0]).name
-    for name in ("ssmtune", "torch", "transformers", "peft"):
+    for name in ("ssmtune", "torch", "transformers", "peft", "datasets", "bitsandbytes"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

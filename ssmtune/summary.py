@@ -243,7 +243,7 @@ def _method_row(method: str, about: Mapping, records: Sequence[Mapping], metric:
     row.tokens_per_second = statistics.median(entry["tokens_per_second"] for entry in info)
     row.decode_ms = statistics.median(entry["decode_ms_per_token"] for entry in info)
     for record in done:
-        curve = [(point["step"], point["dev_loss"]) for point in record["train_info"]["curve"] if "dev_loss" in point]
+        curve = [(point["step"], point["dev_loss"]) for point in record["train_info"]["metrics"] if "dev_loss" in point]
         known_start = about["kind"] != "prompt" and _finite(start)
         row.curves[record["cell"]["seed"]] = ([(0, start)] if known_start else []) + curve
     return row

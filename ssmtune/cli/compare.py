@@ -19,6 +19,7 @@ examples:
   ssmtune compare mamba-5m --preset demo --out runs/demo
   ssmtune compare mamba-5m --task docstring-package --methods lora,state-offset --seeds 5 --steps 500
   ssmtune compare mamba-5m --task e2e --data-dir data/e2e --limit train=8000,dev=200,test=200 --out runs/e2e
+  ssmtune compare mamba-5m --processes 4 --out runs/study
 
 tasks:
 {tasks}
@@ -35,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "steps": 180,
         "search_steps": 40,
+        "search_seeds": 1,
         "seeds": 2,
         "batch_size": 8,
         "lr_factors": [2.0, 8.0, 64.0],
@@ -62,7 +64,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help=f"final runs per method (default: {config.seeds})")
     parser.add_argument("--steps", type=int, metavar="N", help=f"steps of a final run (default: {config.steps})")
     parser.add_argument("--search-steps", type=int, metavar="N", help="steps of a search run (default: --steps / 3)")
-    parser.add_argument("--search-seeds", type=int, metavar="N", help="runs per rate in the search (default: 1)")
+    parser.add_argument("--search-seeds", type=int, metavar="N", help="runs per rate in the search (default: 2)")
     parser.add_argument(
         "--lr-grid",
         metavar="F,F",
@@ -81,6 +83,14 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a budget: demo takes minutes on two CPU cores")
     parser.add_argument("--out", metavar="DIR", help="directory of the comparison (default: runs/compare-MODEL)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh if --out holds a comparison")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs made at a time (default: 1)")
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="make them on a Ray cluster: the one of this machine, one by its address, or `local` for a new one here",
+    )
     parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the report at the end")
 
@@ -100,7 +110,14 @@ def run(args: argparse.Namespace) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         with backend_for(args.backend):
-            run_comparison(config, out, overwrite=args.overwrite, progress=SweepProgress(enabled=not args.quiet))
+            run_comparison(
+                config,
+                out,
+                overwrite=args.overwrite,
+                progress=SweepProgress(enabled=not args.quiet),
+                processes=args.processes,
+                ray=args.ray,
+            )
     except KeyboardInterrupt:
         again = shlex.join(argument for argument in sys.argv[1:] if argument != "--overwrite")
         print(f"\nssmtune: interrupted; finished runs are kept in {out}\n  To go on: ssmtune {again}", file=sys.stderr)

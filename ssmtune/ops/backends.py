@@ -179,6 +179,11 @@ def backend(name: str) -> Iterator[None]:
         _wish = before
 
 
+def backend_asked_for() -> str | None:
+    """The name that the `backend` around this call was given: for processes that are to do as this one does."""
+    return _wish
+
+
 def available_backends(op: str) -> dict[str, str | None]:
     """List the backends of an operator.
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmtune.cells import Cell, CellStore
-from ssmtune.comparison import ComparisonConfig
+from ssmtune.cells import FORMAT, Cell, CellStore
+from ssmtune.comparison import ComparisonConfig, run_comparison
 
 SIZES = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 0}
 
@@ -47,10 +47,8 @@ def _saved(folder: Path, kind: type, config) -> Path:
     return path
 
 
-@pytest.fixture
-def data_dir(tmp_path) -> Path:
+def write_data(folder: Path) -> Path:
     """Train, dev and test files of a few short examples."""
-    folder = tmp_path / "data"
     folder.mkdir()
     for split, size in (("train", 12), ("dev", 4), ("test", 4)):
         rows = [{"prompt": f"{split} {'x' * (i % 3)}{i}", "completion": f"is {i * i}"} for i in range(size)]
@@ -59,20 +57,40 @@ def data_dir(tmp_path) -> Path:
 
 
 @pytest.fixture
-def small(tiny_checkpoint, data_dir) -> ComparisonConfig:
-    """A comparison of seconds."""
+def data_dir(tmp_path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+def small_comparison(model: Path, data_dir: Path) -> ComparisonConfig:
     return ComparisonConfig(
-        model=str(tiny_checkpoint),
+        model=str(model),
         tasks=["files"],
         data_dir=str(data_dir),
         methods=["lora", "state-offset"],
         seeds=2,
         steps=3,
         search_steps=2,
+        search_seeds=1,
         lr_factors=[1.0, 3.0],
         batch_size=3,
         evaluations=2,
     )
+
+
+@pytest.fixture
+def small(tiny_checkpoint, data_dir) -> ComparisonConfig:
+    """A comparison of seconds."""
+    return small_comparison(tiny_checkpoint, data_dir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_checkpoint, tmp_path_factory) -> tuple[ComparisonConfig, Path]:
+    """A comparison of seconds, and where one process ran it from beginning to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = small_comparison(tiny_checkpoint, write_data(folder / "data"))
+    config.methods = ["state-offset"]
+    run_comparison(config, folder / "out")
+    return config, folder / "out"
 
 
 @pytest.fixture
@@ -92,7 +110,7 @@ def fake(tmp_path):
         rates = [0.1, 0.3, 0.9]
         names = list(scores) + [method for method in failed if method not in scores]
         description = {
-            "format": 1,
+            "format": FORMAT,
             "model_fingerprint": "m",
             "config": {
                 "model": "mamba-5m",
@@ -175,7 +193,7 @@ def fake(tmp_path):
                             "peak_memory_bytes": 2**30,
                             "file_size": 4 * sizes[method],
                             "decode_ms_per_token": 5.0,
-                            "curve": curve,
+                            "metrics": curve,
                         },
                         "metrics": {"test": {metric: value, "loss": 1.5}, "dev": {metric: value}},
                     },

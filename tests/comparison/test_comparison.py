@@ -8,15 +8,16 @@ import torch
 
 from ssmtune import cell_runs
 from ssmtune.cells import Cell, CellStore
-from ssmtune.comparison import ComparisonConfig, _pick, run_comparison
+from ssmtune.comparison import ComparisonConfig, run_comparison
 from ssmtune.config import ConfigError
 from ssmtune.methods import CORE_METHODS, METHODS
 from ssmtune.models import load_model, load_trained
+from ssmtune.sweep import pick
 from ssmtune.tasks import load_task
 
 
 def records(out: Path) -> dict[str, dict]:
-    return {file.stem: json.loads(file.read_text()) for file in (out / "cells").glob("*.json")}
+    return {file.stem: json.loads(file.read_text()) for file in (out / "cells").glob("*/*.json")}
 
 
 def test_every_method_runs_on_an_equal_budget(small, tmp_path):
@@ -97,14 +98,14 @@ def test_finished_runs_are_not_run_again(small, tmp_path, monkeypatch):
     out = tmp_path / "out"
     small = dataclasses.replace(small, seeds=1, methods=["state-offset"])
     run_comparison(small, out)
-    before = {file: file.read_bytes() for file in (out / "cells").iterdir()}
+    before = {file: file.read_bytes() for file in (out / "cells").glob("*/*.json")}
 
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(cell_runs, "train", refuse)
     run_comparison(small, out)
-    assert {file: file.read_bytes() for file in (out / "cells").iterdir()} == before
+    assert {file: file.read_bytes() for file in (out / "cells").glob("*/*.json")} == before
 
 
 def test_methods_and_seeds_can_be_added(small, tmp_path):
@@ -163,15 +164,29 @@ def test_a_failure_is_recorded_and_the_sweep_goes_on(small, tmp_path, monkeypatc
 
 
 def test_one_diverging_rate_does_not_win_the_search():
-    cells = [Cell("t", "lora", "search", lr, 1000, 5) for lr in (0.1, 0.2, 0.4)]
-    good = [{"status": "success", "error": None, "train_info": {"dev_loss": loss}} for loss in (2.0, 1.5, None)]
-    assert _pick([0.1, 0.2, 0.4], cells, good) == (0.2, None)
-    failed = {"status": "failed", "error": "the loss became nan"}
-    assert _pick([0.1, 0.2, 0.4], cells, [failed, failed, good[0]]) == (0.4, None)
-    lr, problem = _pick([0.1, 0.2, 0.4], cells, [failed, failed, good[2]])
+    def searched(*losses):
+        records = [{"status": "success", "error": None, "train_info": {"dev_loss": loss}} for loss in losses]
+        failed = {"status": "failed", "error": "the loss became nan"}
+        return [
+            {**(failed if record["train_info"]["dev_loss"] == "failed" else record), "cell": {"lr": lr}}
+            for lr, record in zip((0.1, 0.2, 0.4), records, strict=True)
+        ]
+
+    assert pick([0.1, 0.2, 0.4], searched(2.0, 1.5, None)) == (0.2, None)
+    assert pick([0.1, 0.2, 0.4], searched("failed", "failed", 2.0)) == (0.4, None)
+    lr, problem = pick([0.1, 0.2, 0.4], searched("failed", "failed", None))
     assert lr is None and "the loss became nan" in problem
-    nan = [{"status": "success", "error": None, "train_info": {"dev_loss": math.nan}}, *good[:2]]
-    assert _pick([0.1, 0.2, 0.4], cells, nan) == (0.4, None)
+    assert pick([0.1, 0.2, 0.4], searched(math.nan, 2.0, 1.5)) == (0.4, None)
+
+
+def test_the_search_picks_by_the_mean_over_its_seeds():
+    losses = {0.1: (1.0, 3.0), 0.2: (1.8, 1.8)}
+    records = [
+        {"status": "success", "error": None, "cell": {"lr": lr}, "train_info": {"dev_loss": loss}}
+        for lr, seeds in losses.items()
+        for loss in seeds
+    ]
+    assert pick([0.1, 0.2], records) == (0.2, None)
 
 
 def test_another_comparison_in_the_directory_is_named(small, tmp_path, tiny_checkpoint):
@@ -230,5 +245,5 @@ def test_a_cell_is_found_under_its_own_conditions_only(tmp_path):
     assert dataclasses.replace(cell, steps=6).hash({"model": "a"}) != identity
     store.write(cell, {"hash": identity, "status": "failed"})
     assert store.finished(cell, identity) is None
-    store.file(cell).write_text('{"format": 1, "cel')
+    store.file(cell).write_text('{"format": 2, "cel')
     assert store.finished(cell, identity) is None and list(store.records()) == []

@@ -82,7 +82,7 @@ def test_failures_and_infinities_are_rows(fake):
 
 def test_cells_of_other_data_do_not_count(fake):
     out = fake({"lora": [60, 62]})
-    file = out / "cells" / "made-up--lora--final-seed1.json"
+    file = out / "cells" / "final" / "made-up--lora--final-seed1.json"
     file.write_text(file.read_text().replace('"task": "t"', '"task": "of another Python"'))
     assert summarize(out).tasks[0].rows[1].scores.values == (60,)
 
