@@ -101,7 +101,7 @@ class TaskRuns:
             "dev_loss": -sum(score.log_likelihood for score in scores) / max(1, sum(score.tokens for score in scores)),
             "decode_ms_per_token": decoding_milliseconds(self.base, self.tokenizer, self.prompts[0]),
         }
-        return {"train_info": train_info, "metrics": self._metrics(self.base)}
+        return {"train_info": train_info, **self._tested(self.base)}
 
     def train(self, cell: Cell) -> dict[str, Any]:
         """The record of one training run; a final one is measured on test, and its weights kept if they are best."""
@@ -152,13 +152,19 @@ class TaskRuns:
             "train_info": train_info,
         }
         if cell.stage == "final":
-            record["metrics"] = self._metrics(model)
+            record |= self._tested(model)
             train_info["decode_ms_per_token"] = decoding_milliseconds(model, self.tokenizer, self.prompts[0])
             train_info["file_size"] = self._save(model, cell)
         return record
 
-    def _metrics(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        return {"test": self.task.evaluate(model, self.tokenizer, self.task.test, EVALUATION_BATCH)}
+    def _tested(self, model: nn.Module) -> dict[str, Any]:
+        """The metrics on test, and what each example adds to the headline one."""
+        answers = self.task.answers(model, self.tokenizer, self.task.test, EVALUATION_BATCH)
+        terms = self.task.terms(answers, self.task.test)
+        return {
+            "metrics": {"test": self.task.score(answers, self.task.test)},
+            "terms": None if terms is None else terms.packed(),
+        }
 
     def _checked(self, method: str, model: nn.Module) -> list[dict[str, Any]]:
         """The pre-checks of a method, made once.

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssmtune.bootstrap import Difference, paired_differences
 from ssmtune.cells import CellStore
 from ssmtune.comparison_directory import read_description
+from ssmtune.ranks import Ranks, average_ranks
+from ssmtune.tasks.terms import Terms
 
 # 97.5 % points of Student's t for 1..30 degrees of freedom.
 _T = (
@@ -62,6 +65,7 @@ class MethodRow:
         scores: the headline metric on test, one value per seed; None if no seed has finished.
         others: the other test metrics.
         difference: of `scores` to the reference method's, by seed; None for the reference itself.
+        bootstrap: the same difference over examples and seeds; None where terms are not stored.
         lr: the picked learning rate; at_edge says that it is the least or greatest of the grid.
         search: learning rate -> dev loss of the search.
         curves: per seed, [(step, dev loss)], the base's at step 0 included where the method starts there.
@@ -76,6 +80,7 @@ class MethodRow:
     others: dict[str, Spread] = field(default_factory=dict)
     dev_loss: Spread | None = None
     difference: Spread | None = None
+    bootstrap: Difference | None = None
     lr: float | None = None
     at_edge: bool = False
     search: dict[float, float | None] = field(default_factory=dict)
@@ -93,7 +98,13 @@ class MethodRow:
 
 @dataclass
 class TaskSummary:
-    """All methods on one task; the rows are the base, then the methods in the order of the configuration."""
+    """All methods on one task.
+
+    Args:
+        rows: the base, then the methods in the order of the configuration.
+        reference: the method that `difference` and `bootstrap` of the others are to.
+        pairs: (first, second) -> how much higher the metric of the first is, over examples and seeds.
+    """
 
     name: str
     metric: str
@@ -104,6 +115,7 @@ class TaskSummary:
     example: str
     rows: list[MethodRow]
     reference: str | None
+    pairs: dict[tuple[str, str], Difference] = field(default_factory=dict)
 
     def ranked(self) -> list[MethodRow]:
         """Rows with a score, best first."""
@@ -123,11 +135,12 @@ class TaskSummary:
 
 @dataclass
 class Summary:
-    """A whole comparison, with the conditions under which it was made."""
+    """A whole comparison, with the conditions under which it was made; `ranks` has the methods alone, not the base."""
 
     config: dict[str, Any]
     environment: dict[str, Any]
     tasks: list[TaskSummary]
+    ranks: Ranks
     first_run: str
     last_run: str
     runs: int
@@ -151,13 +164,24 @@ def summarize(out: Path) -> Summary:
         and record["run_info"].get("model") == description["model_fingerprint"]
     ]
     created = sorted(record["run_info"]["created_at"] for record in records)
+    tasks = [
+        _task_summary(name, task, description, [r for r in records if r["cell"]["task"] == name])
+        for name, task in description["tasks"].items()
+    ]
     return Summary(
         config=description["config"],
         environment=description["environment"],
-        tasks=[
-            _task_summary(name, task, description, [r for r in records if r["cell"]["task"] == name])
-            for name, task in description["tasks"].items()
-        ],
+        tasks=tasks,
+        ranks=average_ranks(
+            {
+                task.name: {
+                    row.name: row.scores.mean if task.higher_is_better else -row.scores.mean
+                    for row in task.ranked()
+                    if row.name != "base"
+                }
+                for task in tasks
+            }
+        ),
         first_run=created[0] if created else "",
         last_run=created[-1] if created else "",
         runs=len(records),
@@ -197,7 +221,22 @@ def _task_summary(name: str, task: Mapping, description: Mapping, records: Seque
             pairs = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys()) if _finite(mine[seed])]
             if row is not reference and pairs:
                 row.difference = Spread(tuple(pairs))
+        summary.pairs = paired_differences(_terms(records, [row.name for row in tuned]))
+        for row in tuned:
+            row.bootstrap = summary.pairs.get((row.name, reference.name))
+            if (against := summary.pairs.get((reference.name, row.name))) is not None:
+                row.bootstrap = against.reversed()
     return summary
+
+
+def _terms(records: Sequence[Mapping], methods: Sequence[str]) -> dict[str, dict[int, Terms]]:
+    """Method -> seed -> what each test example adds to the metric, of the final runs that have it."""
+    found: dict[str, dict[int, Terms]] = {method: {} for method in methods}
+    for record in records:
+        cell = record["cell"]
+        if cell["stage"] == "final" and cell["method"] in found and record.get("terms"):
+            found[cell["method"]][cell["seed"]] = Terms.unpacked(record["terms"])
+    return found
 
 
 def _base_row(record: Mapping, metric: str) -> MethodRow:

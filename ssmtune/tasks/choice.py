@@ -21,8 +21,10 @@ class ChoiceTask(Task):
     training raises, and dividing would favour long names whose last tokens follow from their first.
     """
 
-    def evaluate(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> dict[str, float]:
-        answers = self.predict(model, tokenizer, [example.prompt for example in examples], batch_size)
+    def answers(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
+        return self.predict(model, tokenizer, [example.prompt for example in examples], batch_size)
+
+    def score(self, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
         correct = sum(answer == example.target for answer, example in zip(answers, examples, strict=True))
         return {"accuracy": 100.0 * correct / max(1, len(examples))}
 

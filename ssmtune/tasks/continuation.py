@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ssmtune.data import Example
 from ssmtune.tasks.task import Task
+from ssmtune.tasks.terms import Terms, perplexity_terms
+
+if TYPE_CHECKING:
+    from ssmtune.generation import TargetScore
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,10 @@ class ContinuationTask(Task):
     Tokens are the model's own, so perplexities compare methods on one model; `bits_per_character` compares models too.
     """
 
-    def evaluate(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> dict[str, float]:
+    def answers(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> list[TargetScore]:
         from ssmtune.generation import target_log_likelihood
 
-        scores = target_log_likelihood(
+        return target_log_likelihood(
             model,
             tokenizer,
             [example.prompt for example in examples],
@@ -30,8 +35,10 @@ class ContinuationTask(Task):
             batch_size,
             max_length=self.max_length,
         )
-        log_likelihood = math.fsum(score.log_likelihood for score in scores)
-        loss = -log_likelihood / max(1, sum(score.tokens for score in scores))
+
+    def score(self, answers: Sequence[TargetScore], examples: Sequence[Example]) -> dict[str, float]:
+        log_likelihood = math.fsum(answer.log_likelihood for answer in answers)
+        loss = -log_likelihood / max(1, sum(answer.tokens for answer in answers))
         characters = sum(len(example.target) for example in examples)
         return {
             # A diverged model has a loss whose exponential overflows.
@@ -39,3 +46,6 @@ class ContinuationTask(Task):
             "bits_per_character": -log_likelihood / math.log(2) / max(1, characters),
             "loss": loss,
         }
+
+    def terms(self, answers: Sequence[TargetScore], examples: Sequence[Example]) -> Terms:
+        return perplexity_terms([answer.log_likelihood for answer in answers], [answer.tokens for answer in answers])

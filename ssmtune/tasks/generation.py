@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ssmtune.data import Example
 from ssmtune.tasks.task import Task, with_groups
+from ssmtune.tasks.terms import Terms, bleu_terms
 from ssmtune.tasks.text_metrics import corpus_bleu, rouge
 
 
@@ -14,10 +15,7 @@ from ssmtune.tasks.text_metrics import corpus_bleu, rouge
 class GenerationTask(Task):
     """Corpus BLEU (sacrebleu) and ROUGE-L (rouge-score) of greedy generations, both in 0..100."""
 
-    def evaluate(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> dict[str, float]:
-        return self.score(self.generate(model, tokenizer, examples, batch_size), examples)
-
-    def generate(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
+    def answers(self, model, tokenizer, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
         """One line of text for each example."""
         from ssmtune.generation import generate_texts
 
@@ -35,6 +33,11 @@ class GenerationTask(Task):
     def score(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
         """The metrics of texts written for `examples`, and those of each group of examples."""
         return with_groups(self._scores, hypotheses, examples, [example.group for example in examples])
+
+    def terms(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> Terms | None:
+        if self.metric == "bleu":
+            return bleu_terms(hypotheses, references_of(examples))
+        return super().terms(hypotheses, examples)
 
     def _scores(self, hypotheses: list[str], examples: list[Example]) -> dict[str, float]:
         references = references_of(examples)

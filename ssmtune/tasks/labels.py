@@ -10,6 +10,7 @@ from ssmtune.data import Example
 from ssmtune.tasks import agreement
 from ssmtune.tasks.generation import GenerationTask
 from ssmtune.tasks.task import with_groups
+from ssmtune.tasks.terms import Terms, pearson_terms
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,23 @@ class LabelTask(GenerationTask):
     metrics: tuple[str, ...] = ("accuracy",)
 
     def score(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        answers, groups = self._labels(hypotheses, examples), [example.group for example in examples]
+        scores = with_groups(self._scores, answers, examples, groups)
+        return scores | {"invalid": float(sum(text not in self.labels for text in hypotheses))}
+
+    def terms(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> Terms | None:
+        if self.metric != "matthews":
+            return super().terms(hypotheses, examples)
+        positive, answers = self.labels[-1], self._labels(hypotheses, examples)
+        return pearson_terms(
+            [answer == positive for answer in answers], [example.target.strip() == positive for example in examples]
+        )
+
+    def _labels(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> list[str]:
+        """The answers, and a wrong label in the place of what is none."""
         truths = [example.target.strip() for example in examples]
         wrong = {truth: next(label for label in self.labels if label != truth) for truth in set(truths)}
-        answers = [
-            text if text in self.labels else wrong[truth] for text, truth in zip(hypotheses, truths, strict=True)
-        ]
-        scores = with_groups(self._scores, answers, examples, [example.group for example in examples])
-        return scores | {"invalid": float(sum(text not in self.labels for text in hypotheses))}
+        return [text if text in self.labels else wrong[truth] for text, truth in zip(hypotheses, truths, strict=True)]
 
     def _scores(self, answers: list[str], examples: list[Example]) -> dict[str, float]:
         truths, positive = [example.target.strip() for example in examples], self.labels[-1]
@@ -62,18 +73,27 @@ class NumberTask(GenerationTask):
     scale: tuple[float, float] = (0.0, 1.0)
 
     def score(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        truths = [float(example.references[0]) for example in examples]
-        read = [self._number(text) for text in hypotheses]
-        low, high = self.scale
-        numbers = [
-            (low if truth - low > high - truth else high) if number is None else number
-            for number, truth in zip(read, truths, strict=True)
-        ]
+        numbers, truths = self._numbers(hypotheses, examples)
         return {
             "pearson": 100.0 * agreement.pearson(numbers, truths),
             "spearman": 100.0 * agreement.spearman(numbers, truths),
-            "invalid": float(read.count(None)),
+            "invalid": float(sum(self._number(text) is None for text in hypotheses)),
         }
+
+    def terms(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> Terms | None:
+        if self.metric == "pearson":
+            return pearson_terms(*self._numbers(hypotheses, examples))
+        return super().terms(hypotheses, examples)
+
+    def _numbers(self, hypotheses: Sequence[str], examples: Sequence[Example]) -> tuple[list[float], list[float]]:
+        """The answers, with the farther end of the scale in the place of what is none; and the right numbers."""
+        truths = [float(example.references[0]) for example in examples]
+        low, high = self.scale
+        numbers = [
+            (low if truth - low > high - truth else high) if number is None else number
+            for number, truth in zip(map(self._number, hypotheses), truths, strict=True)
+        ]
+        return numbers, truths
 
     def _number(self, text: str) -> float | None:
         try:

@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ssmtune.data import Example
+from ssmtune.tasks.terms import Terms, mean_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPLITS = ("train", "dev", "test")
+# Metrics of many examples that are the mean of those of each.
+MEANS = ("accuracy", "exact_match", "rouge_1", "rouge_2", "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,24 @@ class Task(ABC):
     max_length: int = 256
 
     @abstractmethod
+    def answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        batch_size: int = 32,
+    ) -> list:
+        """What `model` makes of each of `examples`."""
+
+    @abstractmethod
+    def score(self, answers: Sequence, examples: Sequence[Example]) -> dict[str, float]:
+        """Scores answers to `examples`.
+
+        Returns:
+            metric name to value; accuracies, correlations, BLEU and ROUGE are in 0..100 (correlations from -100).
+            `invalid`, where answers can be: how many are no answer at all; they count as wrong everywhere.
+        """
+
     def evaluate(
         self,
         model: PreTrainedModel,
@@ -50,12 +71,15 @@ class Task(ABC):
         examples: Sequence[Example],
         batch_size: int = 32,
     ) -> dict[str, float]:
-        """Scores `model` on `examples`.
+        """Scores `model` on `examples`."""
+        return self.score(self.answers(model, tokenizer, examples, batch_size), examples)
 
-        Returns:
-            metric name to value; accuracies, correlations, BLEU and ROUGE are in 0..100 (correlations from -100).
-            `invalid`, where answers can be: how many are no answer at all; they count as wrong everywhere.
-        """
+    def terms(self, answers: Sequence, examples: Sequence[Example]) -> Terms | None:
+        """What each example adds to `metric`; None where the metric is no function of sums, or a costly one."""
+        if self.metric not in MEANS:
+            return None
+        pairs = zip(answers, examples, strict=True)
+        return mean_terms([self.score([answer], [example])[self.metric] for answer, example in pairs])
 
     def limited(self, limit: int | Mapping[str, int] | None, seed: int = 0) -> Task:
         """The task with at most `limit` examples per split, always the same ones for the same seed."""

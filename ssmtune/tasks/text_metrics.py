@@ -16,6 +16,11 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     return float(sacrebleu.corpus_bleu(list(hypotheses), streams).score)
 
 
+def sentence_bleu(hypothesis: str, references: Sequence[str]):
+    """What `corpus_bleu` counts in one text: the BLEUScore of sacrebleu, with `counts`, `totals` and both lengths."""
+    return _metric_package("sacrebleu", "sacrebleu").sentence_bleu(hypothesis, list(references))
+
+
 def rouge(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ("rouge_l",)
 ) -> dict[str, float]:

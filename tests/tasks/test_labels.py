@@ -53,6 +53,6 @@ def test_evaluate_reads_one_line_that_the_model_writes(byte_model, byte_tokenize
 
 def test_evaluate_of_an_untuned_model_counts_its_babble(byte_model, byte_tokenizer):
     task = label_task(["yes", "no", "yes"], labels=("no", "yes"))
-    text = GenerationTask.generate(task, byte_model, byte_tokenizer, task.test)
+    text = GenerationTask.answers(task, byte_model, byte_tokenizer, task.test)
     assert not set(text) & {"yes", "no"}
     assert task.evaluate(byte_model, byte_tokenizer, task.test) == {"accuracy": 0.0, "invalid": 3.0}
