@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtune.cell_runs import TaskRuns
 from ssmtune.cells import Cell
 from ssmtune.disk_space import DiskFull, room_in
+from ssmtune.effects.context import Context, read_text
 from ssmtune.models import load_model
 from ssmtune.peft_results import peft_fields
 from ssmtune.run_directory import environment
@@ -43,8 +44,11 @@ class CellRunner:
         self.fingerprint = model_fingerprint(base)
         self.environment = environment()
         progress = progress or SweepProgress(enabled=False)
+        text = read_text(config.text)
+        other = load_task(config.ood_task, config.data_dir, config.limit) if config.ood_task else None
         self.runs = {
-            name: TaskRuns(task, base, tokenizer, config, out, progress.callback) for name, task in self.tasks.items()
+            name: TaskRuns(Context(task, base, tokenizer, text, other), config, out, progress.callback)
+            for name, task in self.tasks.items()
         }
 
     def conditions(self, task: str) -> dict[str, Any]:

@@ -6,15 +6,12 @@ import copy
 import ctypes
 import gc
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -22,18 +19,19 @@ from ssmtune.best_weights import incoming
 from ssmtune.cells import Cell
 from ssmtune.config import EvalConfig, TrainConfig
 from ssmtune.data import Collator, encode_all
+from ssmtune.effects import measure_effects
+from ssmtune.effects.context import Context
+from ssmtune.effects.decoding import decoding_milliseconds
 from ssmtune.generation import pad_id, target_log_likelihood
 from ssmtune.methods import apply_method, get_method
 from ssmtune.peft_results import peft_config
 from ssmtune.prechecks import run_prechecks
 from ssmtune.step_log import StepLog
-from ssmtune.tasks.task import Task
 from ssmtune.training import parameter_counts, save_weights, train
 
 if TYPE_CHECKING:
     from ssmtune.comparison import ComparisonConfig
 
-DECODED_TOKENS = 32
 PRECHECK_EXAMPLES = 4
 EVALUATION_BATCH = 32
 
@@ -45,16 +43,11 @@ class TaskRuns:
     """
 
     def __init__(
-        self,
-        task: Task,
-        base: nn.Module,
-        tokenizer,
-        config: ComparisonConfig,
-        out: Path,
-        callback: Callable[[Cell], TrainerCallback],
+        self, context: Context, config: ComparisonConfig, out: Path, callback: Callable[[Cell], TrainerCallback]
     ):
-        self.task, self.base, self.tokenizer = task, base, tokenizer
+        self.context, self.task, self.base, self.tokenizer = context, context.task, context.base, context.tokenizer
         self.config, self.out, self.callback = config, out, callback
+        task, tokenizer = self.task, self.tokenizer
         self.checks: dict[str, list[dict[str, Any]]] = {}
         sample = encode_all(tokenizer, task.train[:PRECHECK_EXAMPLES], task.max_length)
         self.batch = Collator(pad_id(tokenizer))(sample.items)
@@ -67,6 +60,8 @@ class TaskRuns:
             "warmup": config.warmup,
             "autocast": config.autocast,
             "evaluations": config.evaluations,
+            "measures": sorted(config.measures),
+            "texts": context.fingerprint(),
         }
 
     def cost(self, cell: Cell) -> float:
@@ -101,7 +96,7 @@ class TaskRuns:
             "dev_loss": -sum(score.log_likelihood for score in scores) / max(1, sum(score.tokens for score in scores)),
             "decode_ms_per_token": decoding_milliseconds(self.base, self.tokenizer, self.prompts[0]),
         }
-        return {"train_info": train_info, **self._tested(self.base)}
+        return {"train_info": train_info, **self._tested(self.base), "effects": self._effects(self.base)}
 
     def train(self, cell: Cell) -> dict[str, Any]:
         """The record of one training run; a final one is measured on test, and its weights kept if they are best."""
@@ -155,6 +150,7 @@ class TaskRuns:
             record |= self._tested(model)
             train_info["decode_ms_per_token"] = decoding_milliseconds(model, self.tokenizer, self.prompts[0])
             train_info["file_size"] = self._save(model, cell)
+            record["effects"] = self._effects(model)
         return record
 
     def _tested(self, model: nn.Module) -> dict[str, Any]:
@@ -165,6 +161,9 @@ class TaskRuns:
             "metrics": {"test": self.task.score(answers, self.task.test)},
             "terms": None if terms is None else terms.packed(),
         }
+
+    def _effects(self, model: nn.Module) -> dict[str, Any]:
+        return measure_effects(model, self.context, self.config.measures)
 
     def _checked(self, method: str, model: nn.Module) -> list[dict[str, Any]]:
         """The pre-checks of a method, made once.
@@ -197,25 +196,3 @@ def _return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         pass  # another C library than glibc: the peak is an upper bound
-
-
-def decoding_milliseconds(model: nn.Module, tokenizer, prompt: str, tokens: int = DECODED_TOKENS) -> float:
-    """Median wall time per token of greedy decoding of one text, the reading of the prompt included."""
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in tokenizer(prompt, return_tensors="pt").items()}
-    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-
-    def decode(count: int) -> None:
-        length = {"max_new_tokens": count, "min_new_tokens": count}
-        model.generate(**inputs, **length, do_sample=False, pad_token_id=pad_id(tokenizer))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    model.eval()
-    decode(2)
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        decode(tokens)
-        times.append((time.perf_counter() - began) / tokens * 1e3)
-    return statistics.median(times)

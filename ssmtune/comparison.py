@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmtune.cells import FORMAT
 from ssmtune.config import ConfigError, nearest
+from ssmtune.effects import EFFECTS
 from ssmtune.methods import CORE_METHODS, METHODS, get_method
 from ssmtune.tasks import TASKS
 
@@ -34,6 +35,10 @@ class ComparisonConfig:
         search_seeds: runs per learning rate in the search.
         batch_size, warmup, autocast: as in TrainConfig.
         evaluations: dev losses along a final run.
+        measures: effects to measure besides the score, keys of EFFECTS.
+        text: held-out text for them, a file of plain text or JSONL with a column `text`; by default one of 2,000 words
+            that comes with ssmtune.
+        ood_task: the task whose prompts `ood` has to tell from those of each task; pieces of the text by default.
         data_dir: for the tasks that read files.
         limit: at most so many examples per split.
     """
@@ -52,6 +57,9 @@ class ComparisonConfig:
     warmup: float = 0.1
     autocast: bool = False
     evaluations: int = 5
+    measures: list[str] = field(default_factory=lambda: list(EFFECTS))
+    text: str | None = None
+    ood_task: str | None = None
     data_dir: str | None = None
     limit: dict[str, int] = field(default_factory=dict)
 
@@ -69,6 +77,9 @@ class ComparisonConfig:
         problems = [f"method {n!r} is unknown{nearest(n, METHODS)}" for n in self.methods if n not in METHODS]
         tasks = f"; there are {', '.join(TASKS)}"
         problems += [f"task {n!r} is unknown{nearest(n, TASKS) or tasks}" for n in self.tasks if n not in TASKS]
+        problems += [f"measure {n!r} is unknown{nearest(n, EFFECTS)}" for n in self.measures if n not in EFFECTS]
+        if self.ood_task is not None and self.ood_task not in TASKS:
+            problems.append(f"task {self.ood_task!r} is unknown{nearest(self.ood_task, TASKS) or tasks}")
         for key, values in (("methods", self.methods), ("tasks", self.tasks), ("lr_factors", self.lr_factors)):
             if not values:
                 problems.append(f"{key} is empty")

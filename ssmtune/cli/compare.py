@@ -12,6 +12,7 @@ from typing import Any
 from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.comparison import ComparisonConfig
 from ssmtune.config import ConfigError, nearest
+from ssmtune.effects import EFFECTS
 from ssmtune.tasks import TASKS
 
 EXAMPLES = """\
@@ -79,6 +80,13 @@ def add_parser(subparsers) -> None:
         help="train in bfloat16 from float32 weights: faster where the processor can",
     )
     parser.add_argument("--evaluations", type=int, metavar="N", help="dev losses along a final run (default: 5)")
+    parser.add_argument(
+        "--measure",
+        metavar="E,E",
+        help=f"what is measured besides the score: {', '.join(EFFECTS)} (default: all); `none` for nothing",
+    )
+    parser.add_argument("--text", metavar="FILE", help="held-out text for that, plain or JSONL (default: a short one)")
+    parser.add_argument("--ood-task", metavar="T", help="whose inputs `ood` tells apart (default: pieces of the text)")
     parser.add_argument("--limit", metavar="N", help="at most N examples per split, or train=N,dev=N,test=N")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a budget: demo takes minutes on two CPU cores")
     parser.add_argument("--out", metavar="DIR", help="directory of the comparison (default: runs/compare-MODEL)")
@@ -141,6 +149,9 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
         "warmup": args.warmup,
         "autocast": args.autocast,
         "evaluations": args.evaluations,
+        "measures": [] if args.measure == "none" else _names(args.measure),
+        "text": args.text,
+        "ood_task": args.ood_task,
         "tasks": _names(args.task),
         "methods": _names(args.methods),
         "lr_factors": _numbers(args.lr_grid),

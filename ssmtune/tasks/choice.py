@@ -37,7 +37,8 @@ class ChoiceTask(Task):
         """
         from ssmtune.generation import target_log_likelihood
 
-        bounds = self._first_token_bounds(model, tokenizer, prompts, batch_size)
+        logits, log_total = first_token_logits(model, tokenizer, prompts, self.choices, self.max_length, batch_size)
+        bounds = logits - log_total[:, None]
         order = bounds.argsort(dim=1, descending=True, stable=True).tolist()
         best = [(-math.inf, self.choices[row[0]]) for row in order]
         open_examples = list(range(len(prompts)))
@@ -60,31 +61,38 @@ class ChoiceTask(Task):
                     best[i] = (score.log_likelihood, candidate)
         return [candidate for _, candidate in best]
 
-    def _first_token_bounds(self, model, tokenizer, prompts: Sequence[str], batch_size: int) -> torch.Tensor:
-        """Log-probability of the first token of each choice after each prompt, (prompts, choices)."""
-        first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in self.choices]
-        encoded = [encode_prompt(tokenizer, prompt, self.max_length) for prompt in prompts]
-        bounds = torch.empty(len(prompts), len(self.choices))
-        # Alike lengths together: less padding, and logits are needed near the end of each row only.
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        device, training = next(model.parameters()).device, model.training
-        model.eval()
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                lengths = torch.tensor([len(encoded[i]) for i in rows])
-                width = int(lengths.max())
-                # Padded on the right, where nothing causal can see it; the pad token's value does not matter.
-                input_ids = torch.tensor([encoded[i] + [0] * (width - len(encoded[i])) for i in rows])
-                mask = (torch.arange(width) < lengths[:, None]).long()
-                logits = model(
-                    input_ids=input_ids.to(device),
-                    attention_mask=mask.to(device),
-                    use_cache=False,
-                    logits_to_keep=width - int(lengths.min()) + 1,
-                ).logits
-                # Counted from the end: prompt tuning puts its own tokens in front.
-                last = logits[torch.arange(len(rows)), (logits.shape[1] - 1 - (width - lengths)).to(device)]
-                bounds[rows] = last.float().log_softmax(-1)[:, first].cpu()
-        model.train(training)
-        return bounds
+
+def first_token_logits(
+    model, tokenizer, prompts: Sequence[str], choices: Sequence[str], max_length: int, batch_size: int = 32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the first token of each choice after each prompt, and the logarithm of what all tokens come to.
+
+    Returns:
+        (prompts, choices) and (prompts,), float32; their difference is the log-probability.
+    """
+    first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
+    encoded = [encode_prompt(tokenizer, prompt, max_length) for prompt in prompts]
+    found, log_total = torch.empty(len(prompts), len(choices)), torch.empty(len(prompts))
+    # Alike lengths together: less padding, and logits are needed near the end of each row only.
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            lengths = torch.tensor([len(encoded[i]) for i in rows])
+            width = int(lengths.max())
+            # Padded on the right, where nothing causal can see it; the pad token's value does not matter.
+            input_ids = torch.tensor([encoded[i] + [0] * (width - len(encoded[i])) for i in rows])
+            mask = (torch.arange(width) < lengths[:, None]).long()
+            logits = model(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                use_cache=False,
+                logits_to_keep=width - int(lengths.min()) + 1,
+            ).logits
+            # Counted from the end: prompt tuning puts its own tokens in front.
+            last = logits[torch.arange(len(rows)), (logits.shape[1] - 1 - (width - lengths)).to(device)].float()
+            found[rows], log_total[rows] = last[:, first].cpu(), last.logsumexp(-1).cpu()
+    model.train(training)
+    return found, log_total

@@ -193,6 +193,7 @@ def fake(tmp_path):
                             "peak_memory_bytes": 2**30,
                             "file_size": 4 * sizes[method],
                             "decode_ms_per_token": 5.0,
+                            "step_ms": 40.0,
                             "metrics": curve,
                         },
                         "metrics": {"test": {metric: value, "loss": 1.5}, "dev": {metric: value}},

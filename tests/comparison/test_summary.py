@@ -3,7 +3,8 @@ import math
 import pytest
 
 from ssmtune.config import ConfigError
-from ssmtune.summary import Spread, student_t, summarize
+from ssmtune.spread import Spread, student_t
+from ssmtune.summary import summarize
 
 
 @pytest.mark.parametrize(
