@@ -14,7 +14,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ssmtune.report.notes import conditions, machine, problems, reading, search_table, title
+from ssmtune.report.notes import (
+    PAIRS,
+    conditions,
+    machine,
+    pairs_told_apart,
+    problems,
+    ranking,
+    reading,
+    search_table,
+    title,
+)
 from ssmtune.report.pictures import styles
 from ssmtune.report.studies import Study, by_task
 from ssmtune.report.table import Column, best_row, columns, merged, reference_title, short
@@ -157,6 +167,9 @@ def _section(name: str, held: Sequence[tuple[Study, TaskSummary]]) -> str:
     parts = [f"<section><h2>{escape(name)}</h2>"]
     for study, task in held:
         parts.append(f"<h3>On {escape(study.name)}</h3><p class='note'>{escape(reading(task))}</p>")
+        if task.pairs:
+            told = _list(pairs_told_apart(task) or ["none"])
+            parts.append(f"<details><summary>{escape(PAIRS)}</summary>{told}</details>")
         if found := problems(task):
             parts.append(f"<div class='problems'><p>Problems</p>{_list(found)}</div>")
         if search := search_table(task):
@@ -169,6 +182,8 @@ def _section(name: str, held: Sequence[tuple[Study, TaskSummary]]) -> str:
 def _made_by(study: Study, named: bool) -> str:
     command = study.summary.environment.get("command")
     text = f"{study.name}: {machine(study.summary)}" if named else machine(study.summary)
+    if (ranks := ranking(study.summary)) is not None:
+        text = f"{ranks} {text}"
     return f"<p class='note'>{escape(text)}</p>" + (f"<pre>{escape(command)}</pre>" if command else "")
 
 

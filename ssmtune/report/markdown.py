@@ -6,7 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ssmtune.report import pictures
-from ssmtune.report.notes import CAPTION, conditions, machine, problems, reading, search_table, title
+from ssmtune.report.notes import (
+    CAPTION,
+    PAIRS,
+    conditions,
+    machine,
+    pairs_told_apart,
+    problems,
+    ranking,
+    reading,
+    search_table,
+    title,
+)
 from ssmtune.report.studies import Study, by_task
 from ssmtune.report.table import best_row, columns
 from ssmtune.summary import TaskSummary
@@ -31,12 +42,17 @@ def markdown(studies: Sequence[Study], drawn: Mapping[tuple[str, str], Sequence[
                 lines += [CAPTION, ""]
             elif not pictures.available():
                 lines += [pictures.MISSING, ""]
+            if task.pairs:
+                lines += [PAIRS, "", *(f"- {line}" for line in pairs_told_apart(task) or ["none"]), ""]
             if found := problems(task):
                 lines += ["Problems:", "", *(f"- {line}" for line in found), ""]
             if search := search_table(task):
                 lines += ["Learning-rate search, dev loss:", ""]
                 lines += [f"- {method}: {', '.join(cells)}" for method, cells in search] + [""]
             lines += ["Conditions:", "", *(f"- {line}" for line in conditions(study.summary, task)), ""]
+    for study in studies:
+        if (ranks := ranking(study.summary)) is not None:
+            lines += ["## Ranks" + (f": {study.name}" if len(studies) > 1 else ""), "", ranks, ""]
     lines += ["## Machine", ""]
     for study in studies:
         named = f"{study.name}: " if len(studies) > 1 else ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from ssmtune.report.studies import Study
-from ssmtune.report.table import best_row, reference_title, short
+from ssmtune.report.table import best_row, difference_text, reference_title, short
 from ssmtune.summary import Summary, TaskSummary
 
 CAPTION = (
@@ -15,6 +15,8 @@ CAPTION = (
     "method is beaten by another with as few parameters. Curves: mean over seeds, with the range between them. "
     "Differences: paired by seed, with their 95 % intervals."
 )
+
+PAIRS = "Pairs of methods that the bootstrap tells apart, p adjusted for all pairs (Holm) below 0.05:"
 
 
 def title(studies: Sequence[Study]) -> str:
@@ -28,6 +30,8 @@ def reading(task: TaskSummary) -> str:
     text += "mean ± standard deviation over seeds."
     if reference is not None:
         text += f" vs {reference}: mean of the paired differences by seed ± half-width of its 95 % t-interval."
+    if task.pairs:
+        text += " bootstrap: the same difference and its 95 % interval over examples and seeds."
     text += " peak MB: of the whole process while training. ms/token: decoding one text greedily."
     text += " lr: peak learning rate, picked on dev."
     if any(row.at_edge for row in task.rows):
@@ -68,6 +72,29 @@ def conditions(summary: Summary, task: TaskSummary) -> list[str]:
             f"{sizes['test']:,} test examples adds a standard error of about {error:.1f} points to each accuracy."
         )
     return lines
+
+
+def pairs_told_apart(task: TaskSummary) -> list[str]:
+    """The pairs of methods that the bootstrap tells apart, a line each."""
+    titles = {row.name: row.title for row in task.rows}
+    return [
+        f"{titles[first]} and {titles[second]}: {difference_text(difference)}, p = {difference.adjusted:.3f}"
+        for (first, second), difference in task.pairs.items()
+        if difference.adjusted < 0.05
+    ]
+
+
+def ranking(summary: Summary) -> str | None:
+    """The average ranks over tasks, in a sentence; None for a single task."""
+    ranks = summary.ranks
+    if ranks.tasks < 2 or not ranks.mean:
+        return None
+    titles = {row.name: row.title for task in summary.tasks for row in task.rows}
+    text = f"Average rank over {ranks.tasks} tasks, 1 is best: "
+    text += ", ".join(f"{titles[name]} {rank:.2f}" for name, rank in ranks.mean.items()) + "."
+    if ranks.critical_difference is None:
+        return f"{text} These are too few tasks to say which ranks differ by more than chance."
+    return f"{text} Ranks that differ by less than {ranks.critical_difference:.2f} are not told apart (Nemenyi, 5 %)."
 
 
 def machine(summary: Summary) -> str:

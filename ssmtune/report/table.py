@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ssmtune.bootstrap import Difference
 from ssmtune.summary import MethodRow, Spread, TaskSummary
 
 SHORT_METRICS = {
@@ -55,6 +56,7 @@ def columns(task: TaskSummary) -> list[Column]:
         Column(short(task.metric), score_text, lambda row: mean(row.scores), better),
         Column("95 % interval", lambda row: interval_text(row.scores), lambda row: half_width(row.scores), brief=False),
         *([_versus(reference)] if reference else []),
+        *([_bootstrap(reference)] if any(row.bootstrap for row in task.rows) else []),
         *(_other_metric(name) for name in others),
         _number("trainable", "{:,}", lambda row: row.trainable, "lower"),
         Column("%", share_text, share, "lower"),
@@ -65,6 +67,7 @@ def columns(task: TaskSummary) -> list[Column]:
         _number("peak MB", "{:,.0f}", lambda row: _divided(row.peak_memory, 2**20), "lower"),
         _number("saved KB", "{:,.1f}", lambda row: _divided(row.file_size, 1024), "lower"),
         _number("ms/token", "{:.1f}", lambda row: row.decode_ms, "lower"),
+        *_effects(task),
     ]
 
 
@@ -72,6 +75,35 @@ def _versus(reference: str) -> Column:
     return Column(
         f"vs {reference}", lambda row: with_interval(row.difference, signed=True), lambda row: mean(row.difference)
     )
+
+
+def _bootstrap(reference: str | None) -> Column:
+    return Column(
+        f"vs {reference}, bootstrap",
+        lambda row: "" if row.bootstrap is None else difference_text(row.bootstrap),
+        lambda row: None if row.bootstrap is None else row.bootstrap.mean,
+        brief=False,
+    )
+
+
+def _effects(task: TaskSummary) -> list[Column]:
+    """Columns of what was measured besides the score, where it was."""
+    held: list[Column] = [
+        _number("× base", "{:.2f}", lambda row: row.decode_ratio, "lower", brief=False),
+        _number("step ms", "{:.1f}", lambda row: row.step_ms, "lower", brief=False),
+        _number("switch ms", "{:.2f}", lambda row: row.switch_ms, "lower", brief=False),
+        _spread("forgetting", lambda row: row.forgetting, "lower"),
+        *(_spread(f"ppl {times}", lambda row, t=times: row.length.get(t), "lower") for times in ("1x", "2x", "4x")),
+    ]
+    for name in ("auroc", "fpr95"):
+        for score in ("softmax", "energy"):
+            better = "higher" if name == "auroc" else "lower"
+            held.append(_spread(f"{name.upper()} {score}", lambda row, key=f"{name}_{score}": row.ood.get(key), better))
+    return [column for column in held if any(column.value(row) is not None for row in task.rows)]
+
+
+def _spread(header: str, spread: Callable[[MethodRow], Spread | None], better) -> Column:
+    return Column(header, lambda row: mean_text(spread(row)), lambda row: mean(spread(row)), better, brief=False)
 
 
 def _other_metric(name: str) -> Column:
@@ -162,6 +194,12 @@ def with_interval(spread: Spread | None, signed: bool = False) -> str:
     digits = _digits(size)
     sign = "+" if signed else ""
     return f"{spread.mean:{sign}.{digits}f}" + ("" if spread.interval is None else f" ± {spread.interval:.{digits}f}")
+
+
+def difference_text(difference: Difference) -> str:
+    """`+1.2 [-0.3, 2.8]`: the difference and its 95 % interval."""
+    digits = _digits(max(abs(difference.low), abs(difference.high)))
+    return f"{difference.mean:+.{digits}f} [{difference.low:.{digits}f}, {difference.high:.{digits}f}]"
 
 
 def lr_text(row: MethodRow) -> str:

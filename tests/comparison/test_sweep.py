@@ -19,7 +19,7 @@ from ssmtune.disk_space import DiskFull
 from ssmtune.summary import summarize
 from ssmtune.sweep_progress import SweepProgress
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory", "decode_ms", "step_ms", "switch_ms")
+TIMES = ("seconds", "tokens_per_second", "peak_memory", "decode_ms", "step_ms", "switch_ms", "decode_ratio")
 
 
 def table(out):
