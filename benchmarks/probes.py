@@ -84,7 +84,7 @@ def comparison(part: str, out: Path, seeds: int, scale: float) -> ComparisonConf
             tasks=["probe-recall", "probe-copy", "probe-swaps"],
             methods=["full"],
             seeds=seeds,
-            steps=steps(600),
+            steps=steps(800),
             lr_factors=[8.0],
             batch_size=32,
             evaluations=3,

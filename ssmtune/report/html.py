@@ -31,12 +31,14 @@ from ssmtune.report.table import Column, best_row, columns, merged, reference_ti
 from ssmtune.summary import MethodRow, Spread, TaskSummary
 
 PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("rows.js", "table.js", "axes.js", "charts.js")
 KINDS = {"base": "base", "state": "states", "prompt": "virtual tokens", "weights": "weights", "full": "all weights"}
 
 
 def html_page(studies: Sequence[Study]) -> str:
     """The whole page."""
-    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = (PAGE / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -73,8 +75,9 @@ def _source(content: str) -> str:
 
 
 def _inert(data: Any) -> str:
-    """JSON that cannot end the script element it is in."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    """JSON that cannot end the script element it is in; infinities, which JSON has not, become null."""
+    finite = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    return json.dumps(finite, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _lead(studies: Sequence[Study]) -> str:

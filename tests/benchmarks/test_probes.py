@@ -44,7 +44,7 @@ def test_answers_compare_what_was_measured_with_what_is_known():
     )
     came_out = {answer.claim: answer.holds for answer in held}
     assert came_out == {
-        "probe-copy: attention learns it in 600 steps": True,
+        "probe-copy: attention learns it in 800 steps": True,
         "probe-copy: a Mamba of that size is behind at the same steps": True,
         "probe-order: Full teaches it to llama-sorter": True,
         "probe-order: Prefix-Tuning does not teach it to llama-sorter": True,

@@ -2,6 +2,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 import struct
 from html.parser import HTMLParser
@@ -95,6 +96,13 @@ def test_no_name_becomes_markup(fake):
     assert page.open == [] and page.tags.count("script") == 2 and "img" not in page.tags
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
     assert data["rows"][1]["title"] == name
+
+
+def test_infinite_perplexities_leave_the_page_its_data(fake):
+    out = fake({"lora": [3.5, 4.0], "full": [math.inf, 9.0]}, metric="perplexity", higher=False)
+    text = write_report(out).html.read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1], parse_constant=pytest.fail)
+    assert data["rows"][1]["values"]["perplexity"] == 3.75 and "perplexity" not in data["rows"][2]["values"]
 
 
 def test_several_comparisons_are_one_report(fake, tmp_path):
