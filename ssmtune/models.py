@@ -75,19 +75,41 @@ def load_model(name: str, dtype: str | torch.dtype | None = None) -> tuple[nn.Mo
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     options: dict[str, Any] = {"trust_remote_code": False}
-    try:
-        with no_progress_bars(), nullcontext() if Path(place).is_dir() else cache_alone_if_unreachable():
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                place, dtype=dtype or torch.float32, use_safetensors=True, **options
-            )
-    except Exception as error:  # noqa: BLE001 - transformers, tokenizers and safetensors raise unrelated kinds
-        raise _load_error(name, place, error) from error
+    with _loading(name, place):
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or torch.float32, use_safetensors=True, **options
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if find_mixers(model):
         patch(model)
     return model.eval(), tokenizer
+
+
+def empty_model(name: str) -> nn.Module:
+    """The model that `load_model` would load, on the meta device and without its weights: what it is made of.
+
+    Raises:
+        ConfigError, ValueError: as `load_model`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = resolve_model(name)
+    with _loading(name, place), torch.device("meta"):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+@contextmanager
+def _loading(name: str, place: str) -> Iterator[None]:
+    """Read from a place without bars, and say in one way what went wrong."""
+    try:
+        with no_progress_bars(), nullcontext() if Path(place).is_dir() else cache_alone_if_unreachable():
+            yield
+    except Exception as error:  # noqa: BLE001 - transformers, tokenizers and safetensors raise unrelated kinds
+        raise _load_error(name, place, error) from error
 
 
 @contextmanager

@@ -13,17 +13,22 @@ from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.comparison import ComparisonConfig
 from ssmtune.config import ConfigError, nearest
 from ssmtune.effects import EFFECTS
+from ssmtune.methods import METHODS
 from ssmtune.tasks import TASKS
 
 EXAMPLES = """\
 examples:
   ssmtune compare mamba-5m --preset demo --out runs/demo
   ssmtune compare mamba-5m --task docstring-package --methods lora,state-offset --seeds 5 --steps 500
+  ssmtune compare EleutherAI/pythia-160m --methods full,lora,prefix-tuning --out runs/pythia
   ssmtune compare mamba-5m --task e2e --data-dir data/e2e --limit train=8000,dev=200,test=200 --out runs/e2e
   ssmtune compare mamba-5m --processes 4 --out runs/study
 
 tasks:
 {tasks}
+
+methods (docs/capabilities.md says which fits which model):
+{methods}
 
 Every method gets the same steps, batches and data order, and a learning-rate search of the same size around its own
 default rate. Stopped by Ctrl-C or a crash, the same command goes on where it was; methods, seeds and tasks can be added
@@ -48,12 +53,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def add_parser(subparsers) -> None:
-    listed = "\n".join(f"  {name:<24}{text}" for name, text in TASKS.items())
+    titles = {name: method.title for name, method in METHODS.items()}
+    tasks, methods = ("\n".join(f"  {name:<28}{text}" for name, text in known.items()) for known in (TASKS, titles))
     parser = subparsers.add_parser(
         "compare",
         help="train several methods on the same budget and report",
         description="Train several methods with the same number of steps and the same search for a learning rate.",
-        epilog=EXAMPLES.format(tasks=listed),
+        epilog=EXAMPLES.format(tasks=tasks, methods=methods),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -61,7 +67,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("model", nargs="?", help="a built-in name, a local directory or a hub name (default: mamba-5m)")
     parser.add_argument("--task", metavar="T", help="tasks, separated by commas (default: docstring-package)")
     parser.add_argument("--data-dir", metavar="DIR", help="the files of tasks that read any")
-    parser.add_argument("--methods", metavar="M,M", help=f"default: {','.join(config.methods)}")
+    parser.add_argument("--methods", metavar="M,M", help=f"default: those of {','.join(config.methods)} that fit")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"final runs per method (default: {config.seeds})")
     parser.add_argument("--steps", type=int, metavar="N", help=f"steps of a final run (default: {config.steps})")
     parser.add_argument("--search-steps", type=int, metavar="N", help="steps of a search run (default: --steps / 3)")
@@ -106,6 +112,8 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     config = resolve(args)
     config.check()
+    if args.methods is None:
+        config.methods = _fitting(config.methods, config.model)
     out = Path(args.out or f"runs/compare-{Path(config.model).name}")
 
     keep_freed_memory()
@@ -159,6 +167,14 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
     }
     values |= {key: value for key, value in flags.items() if value is not None}
     return dataclasses.replace(ComparisonConfig(), **values)
+
+
+def _fitting(methods: list[str], model: str) -> list[str]:
+    """Those of the methods that fit a model."""
+    from ssmtune.models import empty_model
+
+    empty = empty_model(model)
+    return [name for name in methods if METHODS[name].needs(empty) is None]
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -10,7 +10,7 @@ from ssmtune.config import ConfigError
 from ssmtune.methods import apply_method
 from ssmtune.mixers import find_mixers
 from ssmtune.mixers.selective_mixer import SelectiveMixer
-from ssmtune.models import load_adapter, load_model, load_trained, portable_name, resolve_model
+from ssmtune.models import empty_model, load_adapter, load_model, load_trained, portable_name, resolve_model
 from ssmtune.training import save_weights
 
 
@@ -71,6 +71,16 @@ def test_directories_that_are_no_model_are_explained(copy, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         load_model(str(tmp_path / "file"))
+
+
+def test_empty_model_is_the_model_without_its_weights(tiny_checkpoint, copy):
+    empty = empty_model(tiny_checkpoint)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    whole, _ = load_model(tiny_checkpoint)
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be loaded from"):
+        empty_model(str(copy))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
