@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtune.cells import FORMAT
 from ssmtune.config import ConfigError, nearest
 from ssmtune.effects import EFFECTS
+from ssmtune.extensions import import_modules
 from ssmtune.methods import CORE_METHODS, METHODS, get_method
 from ssmtune.tasks import TASKS
 
@@ -41,6 +42,7 @@ class ComparisonConfig:
         ood_task: the task whose prompts `ood` has to tell from those of each task; pieces of the text by default.
         data_dir: for the tasks that read files.
         limit: at most so many examples per split.
+        imports: modules that register methods and tasks of your own; imported with the configuration, in every process.
     """
 
     model: str = "mamba-5m"
@@ -62,6 +64,14 @@ class ComparisonConfig:
     ood_task: str | None = None
     data_dir: str | None = None
     limit: dict[str, int] = field(default_factory=dict)
+    imports: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        import_modules(self.imports)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def steps_of_search(self) -> int:

@@ -103,6 +103,7 @@ class EvalConfig:
 class RunConfig:
     model: str = _option("mamba-5m", "a built-in name, a local directory or a model name on the hub")
     out: str | None = _option(None, "run directory (default: runs/MODEL-METHOD)")
+    imports: list[str] = _option([], "modules that register a method of your own (docs/extending.md)")
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

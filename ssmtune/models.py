@@ -261,7 +261,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     if kind not in known:
         raise ValueError(
             f"{config_file}: unknown method {kind!r}{nearest(str(kind), known)}\n"
-            "  It was written by another program, or by a newer version."
+            "  It was written by another program or a newer version, or is a method of your own: --import its module."
         )
     if not weights.is_file():
         pickled = (directory / "adapter_model.bin").is_file()

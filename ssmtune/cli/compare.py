@@ -105,6 +105,7 @@ def add_parser(subparsers) -> None:
         metavar="ADDRESS",
         help="make them on a Ray cluster: the one of this machine, one by its address, or `local` for a new one here",
     )
+    parser.add_argument("--import", dest="imports", metavar="M,M", help="modules with methods and tasks of your own")
     parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the report at the end")
 
@@ -162,6 +163,7 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
         "ood_task": args.ood_task,
         "tasks": _names(args.task),
         "methods": _names(args.methods),
+        "imports": _names(args.imports),
         "lr_factors": _numbers(args.lr_grid),
         "limit": _limit(args.limit),
     }

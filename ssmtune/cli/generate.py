@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ssmtune.config import ConfigError
+from ssmtune.extensions import import_modules
 
 EXAMPLES = """\
 examples:
@@ -37,11 +38,13 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="sample from the likeliest share P")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--import", dest="imports", metavar="M,M", help="modules with a method of your own")
     parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
 
 
 def run(args: argparse.Namespace) -> int:
     prompts = args.prompt if args.prompt is not None else _read_prompts(args.prompt_file)
+    import_modules(filter(None, (args.imports or "").split(",")))
 
     import torch
 

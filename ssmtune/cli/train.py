@@ -12,6 +12,7 @@ from typing import Any
 
 from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.config import ConfigError, RunConfig, add_flags, flag_values, help_of, load_config, to_dict, to_yaml
+from ssmtune.extensions import import_modules
 from ssmtune.methods import get_method, method_options
 from ssmtune.models import resolve_model
 
@@ -46,6 +47,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--method", dest="method.name", metavar="M", help=help_of("method.name"))
     parser.add_argument("--data", dest="data.path", metavar="PATH", help=help_of("data.path"))
     parser.add_argument("--out", metavar="DIR", help=help_of("out"))
+    parser.add_argument("--import", dest="imports", metavar="M,M", help=help_of("imports"))
     parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
     parser.add_argument("--log", choices=TRACKERS, help="follow the run in this program too; it has to be installed")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -58,6 +60,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = _resolve(args)
+    import_modules(config.imports)
     method = get_method(config.method.name)
     options = method_options(config.method)
     from ssmtune.run_directory import RunDirectory, write_whole

@@ -49,6 +49,17 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+def register_method(method: Method) -> None:
+    """Make a method known by its name, to `--methods` and everything else.
+
+    Raises:
+        ConfigError: another method has the name.
+    """
+    known = METHODS.setdefault(method.name, method)
+    if known is not method:
+        raise ConfigError(f"there is a method {method.name!r} already: {known.title}.\n  Take another name.")
+
+
 def method_options(config: MethodConfig) -> dict[str, Any]:
     """The options given for a method.
 

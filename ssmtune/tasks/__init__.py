@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +45,25 @@ _MODULES = {
 }
 
 
+_REGISTERED: dict[str, Callable[[str, str | Path | None], Task]] = {}
+
+
+def register_task(name: str, description: str, load: Callable[[str, str | Path | None], Task]) -> None:
+    """Make a task known by a name, to `--task` and everything else.
+
+    Args:
+        name: the name.
+        description: one line, as in TASKS.
+        load: gives the task, from the name and the directory of its files, None if there was none given.
+
+    Raises:
+        ConfigError: another task has the name.
+    """
+    if name in TASKS:
+        raise ConfigError(f"there is a task {name!r} already: {TASKS[name]}.\n  Take another name.")
+    TASKS[name], _REGISTERED[name] = description, load
+
+
 def load_task(
     name: str, data_dir: str | Path | None = None, limit: int | Mapping[str, int] | None = None, seed: int = 0
 ) -> Task:
@@ -62,6 +81,8 @@ def load_task(
     """
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}{nearest(name, TASKS)}\n  Tasks: {', '.join(TASKS)}.")
+    if name in _REGISTERED:
+        return _REGISTERED[name](name, data_dir).limited(limit, seed)
     # only now: a task's module imports numpy or torch
     module = import_module(f"ssmtune.tasks.{_MODULES.get(name, name)}")
     return module.load(name, data_dir).limited(limit, seed)

@@ -84,6 +84,11 @@ class MixerTunerLayer(StateAdapter, BaseTunerLayer):
         """Return the dict of one kind of tensor, "h", "A" or the like, by adapter name."""
         return getattr(self, f"{self.prefix}{kind}")
 
+    @property
+    def active_here(self) -> list[str]:
+        """The names of the adapters of this mixer that act now; none while they are switched off."""
+        return [] if self.disable_adapters else [n for n in self.active_adapters if n in self.available_adapters]
+
     def assign_rows(self, adapters: list[str] | None) -> None:
         """Give each row of the batches to come an adapter of its own, until None makes the active ones serve all."""
         self.row_adapters = adapters

@@ -29,9 +29,10 @@ class AdditionalScanLayer(MixerTunerLayer):
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
     def extra_states(self, u) -> ExtraStates | None:
-        adapters = self.active_adapters if self.row_adapters is None else sorted(set(self.row_adapters))
-        adapters = [name for name in adapters if name in self.tensors("C")]
-        if self.disable_adapters or not adapters:
+        adapters = self.active_here
+        if self.row_adapters is not None and not self.disable_adapters:
+            adapters = sorted(self.available_adapters.intersection(self.row_adapters))
+        if not adapters:
             return None
         A_log = torch.cat([self.tensors("A_log")[name] for name in adapters], dim=1)
         B, C = (torch.cat([self.tensors(kind)[name] for name in adapters]).to(u.dtype) for kind in "BC")

@@ -62,12 +62,12 @@ class SparseDimensionLayer(MixerTunerLayer):
         return dense.index_put((channels, self.tensors("states")[adapter_name]), values)
 
     def change_matrix(self, A):
-        for name in self._active():
+        for name in self.active_here:
             A = A * torch.exp(self.matrix_change(name))
         return A
 
     def change_projections(self, u, B, C):
-        for name in self._active():
+        for name in self.active_here:
             chosen = u[..., self.tensors("channels")[name]]
             B = B + F.linear(chosen, self.tensors("B")[name].to(u.dtype))
             C = C + F.linear(chosen, self.tensors("C")[name].to(u.dtype))
@@ -78,11 +78,8 @@ class SparseDimensionLayer(MixerTunerLayer):
         """Add the active adapters to the weights of the mixer."""
         (mixer,) = self.mixer
         weight, dstate = mixer.x_proj.weight, self.dstate
-        for name in self._active():
+        for name in self.active_here:
             mixer.A_log.add_(self.matrix_change(name).view_as(mixer.A_log))
             channels = self.tensors("channels")[name]
             for kind, rows in (("B", slice(-2 * dstate, -dstate)), ("C", slice(-dstate, None))):
                 weight[rows, channels] += self.tensors(kind)[name].to(weight.dtype)
-
-    def _active(self) -> list[str]:
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.tensors("A")]
