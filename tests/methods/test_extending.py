@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from ssmtune.comparison import ComparisonConfig
 from ssmtune.config import ConfigError
 from ssmtune.extensions import import_modules
 from ssmtune.methods import METHODS, Method, register_method
@@ -40,8 +42,7 @@ def ssmtune(command: str, folder: Path) -> str:
 def test_the_page_works_as_it_stands(folder, tiny_checkpoint):
     (commands,) = re.findall(r"```\n(ssmtune compare.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     compare, generate = commands.strip().splitlines()
-    # In several processes: each has to import the modules.
-    smaller = "--quiet --limit train=16,dev=4,test=4 --processes 2 --measure none"
+    smaller = "--quiet --limit train=16,dev=4,test=4 --measure none"
     ssmtune(f"{compare.replace('mamba-5m', tiny_checkpoint)} {smaller}", folder)
     for method, tensors in {"decay": "decay_tuning_a", "state-offset": "state_offset_h"}.items():
         (file,) = (folder / "runs/own/cells/final").glob(f"reversal--{method}--final*.json")
@@ -59,6 +60,14 @@ def test_a_module_that_is_not_there_is_told():
     with pytest.raises(ConfigError, match="--import no_such_module: Python finds no module") as error:
         import_modules(["no_such_module"])
     assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_configuration_imports_its_modules_in_another_process_too(tmp_path, monkeypatch):
+    (tmp_path / "some_module.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    handed_over = pickle.dumps(ComparisonConfig(imports=["some_module"]))
+    del sys.modules["some_module"]
+    assert pickle.loads(handed_over).imports == ["some_module"] and "some_module" in sys.modules
 
 
 def test_what_a_module_lacks_itself_is_not_taken_for_it(tmp_path, monkeypatch):
