@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _autograd
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 
 class Recomputation:
@@ -71,16 +73,36 @@ class Recomputation:
             return function(*args, **kwargs)
         first = len(self._saved)
         results = function(*args, **kwargs)
-        call = _Call(function, args, kwargs)
+        call = _Call(function, args, kwargs, len(_tensors(results)))
         given = {_storage(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         for place, tensor in enumerate((*_tensors(results), *(saved.tensor for saved in self._saved[first:]))):
             if _storage(tensor) not in given:
                 self._made.setdefault(_storage(tensor), (call, place, tensor))
         return results
 
+    def casting(self) -> AbstractContextManager:
+        """Within it what is made here is cast by `Tensor.to` as if by `by`, as adapters of another dtype do."""
+        return nullcontext() if self._hooks is None else _Casts(self)
+
+    def makes(self, tensor: Any) -> bool:
+        """Whether a tensor is the result of a call, or a view of one."""
+        return isinstance(tensor, Tensor) and _storage(tensor) in self._made
+
     def _save(self, tensor: Tensor) -> _Saved:
         self._saved.append(_Saved(tensor))
         return self._saved[-1]
+
+
+class _Casts(TorchFunctionMode):
+    def __init__(self, made: Recomputation):
+        super().__init__()
+        self._recomputation = made
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is Tensor.to and self._recomputation.makes(args[0]):
+            return self._recomputation.by(function, *args, **kwargs)
+        return function(*args, **kwargs)
 
 
 class _Saved:
@@ -122,8 +144,8 @@ class _Saved:
 class _Call:
     """A call that can be made again, and those of its values that wait for a reader since it was."""
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.function = function
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], n_results: int):
+        self.function, self.n_results = function, n_results
         self.args = [_Saved(value) if isinstance(value, Tensor) else value for value in args]
         self.kwargs = {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         device = next(value.tensor.device.type for value in self._given())
@@ -152,8 +174,9 @@ class _Call:
         args = [_read(value) for value in self.args]
         kwargs = {name: _read(value) for name, value in self.kwargs.items()}
         saved = []
-        # Gradients are on, since what a function saves depends on that.
-        with torch.enable_grad(), torch.autocast(*self.autocast), saved_tensors_hooks(saved.append, lambda _: None):
+        # What a function saves it saves for a graph.
+        graph = torch.set_grad_enabled(max(self.readers) >= self.n_results)
+        with graph, torch.autocast(*self.autocast), saved_tensors_hooks(saved.append, lambda _: None):
             results = self.function(*args, **kwargs)
         return [value.detach() for value in (*_tensors(results), *saved)]
 

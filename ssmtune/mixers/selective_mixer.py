@@ -96,7 +96,8 @@ class SelectiveMixer(nn.Module):
                 if cache is not None:
                     cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
 
-            dt, B, C = self.project_convolved(u.transpose(1, 2))
+            with made.casting():
+                dt, B, C = self.project_convolved(u.transpose(1, 2))
             delta, delta_bias = self.project_time_step(made, dt)
             if pads is not None:
                 # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
