@@ -72,8 +72,9 @@ class SelectiveMixer(nn.Module):
         inputs = sum_state_inputs(self)
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
 
-        x, z = self.split_input(self.in_proj(hidden_states))
+        projected = self.in_proj(hidden_states)
         with Recomputation() as made:
+            x, z = self.split_input(made, projected)
             if pads is not None:
                 # After the projection rather than before it: its bias must not reach the convolution.
                 x = made.by(Tensor.masked_fill, x, pads, 0)
@@ -139,9 +140,9 @@ class SelectiveMixer(nn.Module):
             The state (batch, dim, dstate), float32, and the inputs (batch, dim, width - 1) that the convolution looks
             back on, zero where there are fewer tokens.
         """
-        x, _ = self.split_input(self.in_proj(hidden_states))
-        x = x.transpose(1, 2)
+        projected = self.in_proj(hidden_states)
         with Recomputation() as made:
+            x = self.split_input(made, projected)[0].transpose(1, 2)
             u = self.convolve(made, x, None, None)
             dt, B, C = self.project_convolved(u.transpose(1, 2))
             delta, delta_bias = self.project_time_step(made, dt)
@@ -195,7 +196,7 @@ class SelectiveMixer(nn.Module):
         u = ops.causal_conv1d_update(x[..., 0], context, weight, bias, activation="silu" if silu else None)
         return (u if silu else self.act(u)).unsqueeze(-1)
 
-    def split_input(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+    def split_input(self, made: Recomputation, projected: Tensor) -> tuple[Tensor, Tensor]:
         """The input of the convolution and the gate, both (batch, seqlen, dim), from what `in_proj` gave."""
         return projected.chunk(2, dim=-1)
 

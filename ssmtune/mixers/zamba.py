@@ -19,9 +19,10 @@ class PatchedZambaMambaMixer(SelectiveMixer, ZambaMambaMixer):
 
     original_class = ZambaMambaMixer
 
-    def split_input(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        # Channels of the input and of the gate take turns.
-        return projected.unflatten(-1, (-1, 2)).unbind(-1)
+    def split_input(self, made: Recomputation, projected: Tensor) -> tuple[Tensor, Tensor]:
+        # Channels of the input and of the gate take turns. The layout of the input is that of all that follows from it.
+        x, z = projected.unflatten(-1, (-1, 2)).unbind(-1)
+        return made.by(Tensor.contiguous, x), z
 
     def project_convolved(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = u.unflatten(-1, (self.n_mamba_heads, self.mamba_head_dim))
