@@ -78,7 +78,7 @@ def ours(spec: StepSpec, name: str) -> int:
 def theirs(spec: StepSpec) -> dict[str, int]:
     """What a mixer of transformers keeps: on the path of plain PyTorch, and with mamba_ssm beside it.
 
-    mamba_ssm's functions keep what their source saves (2.3.2, `ops/selective_scan_interface.py`), counted here by its
+    mamba_ssm's functions keep what their source saves (`ops/selective_scan_interface.py`), counted here by its
     shapes; the projections, which are modules of transformers, are asked. With a state offset or an initial state none
     of them runs: then it is what they keep without, of a mixer that is frozen.
     """
@@ -161,7 +161,7 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
         for method in METHODS[:3]:
             cases = [Case(replace(step, method=method), name) for name in (ALL_KEPT, DEFAULT, SCAN_TOO)]
             verified = [Verified(case, {}, sum(lap.wall for lap in case.time())) for case in cases]
-            times = interleave(verified, 0.1 if quick else 12.0, least=2)
+            times = interleave(verified, 0.1 if quick else 12.0, least=2 if quick else 12)
             check_losses(cases)
             first = times[0].summary("total", "cpu").median
             for case, sample in zip(cases, times, strict=True):

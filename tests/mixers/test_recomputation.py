@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.activation_memory import kept_bytes
@@ -107,6 +108,10 @@ def test_gradient_checkpointing_keeps_the_input_alone(model):
     mixer = find_mixers(model)[0][1]
     hidden = torch.randn(2, 9, 32, requires_grad=True)
     assert kept_bytes(mixer, lambda: checkpoint(mixer, hidden, use_reentrant=False)) == hidden.nbytes
+    projected = []
+    mixer.in_proj.register_forward_hook(lambda *args: projected.append(StorageWeakRef(args[-1].untyped_storage())))
+    out = checkpoint(mixer, hidden, use_reentrant=False)
+    assert out.requires_grad and [storage.expired() for storage in projected] == [True]
 
 
 def test_a_graph_that_is_retained(model, tokens):
