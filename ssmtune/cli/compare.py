@@ -140,8 +140,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nssmtune: interrupted; finished runs are kept in {out}\n  To go on: ssmtune {again}", file=sys.stderr)
         return 130
     from ssmtune.cli.report import show
+    from ssmtune.disk_space import room_in
 
-    return show([out], out)
+    with room_in(out):
+        return show([out], out)
 
 
 def resolve(args: argparse.Namespace) -> ComparisonConfig:

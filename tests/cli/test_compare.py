@@ -78,9 +78,20 @@ def test_resolve_lays_flags_over_the_preset():
     assert resolve(parsed("--limit", "train=9,test=3")).limit == {"train": 9, "test": 3}
 
 
+def test_measures_are_chosen():
+    assert resolve(parsed()).measures == ["forgetting", "length", "ood", "switching"]
+    assert resolve(parsed("--measure", "none")).measures == []
+    config = resolve(parsed("--measure", "ood,length", "--text", "held_out.jsonl", "--ood-task", "sst2"))
+    assert (config.measures, config.text, config.ood_task) == (["ood", "length"], "held_out.jsonl", "sst2")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--measure", "forgeting"], "measure 'forgeting' is unknown; did you mean 'forgetting'"),
+        (["--ood-task", "sst"], "task 'sst' is unknown; did you mean 'sst2'"),
+        (["--text", "/nowhere.txt"], "--text /nowhere.txt does not exist"),
+        (["--processes", "0"], "processes: expected at least 1, got 0"),
         (["--methods", "lorra"], "method 'lorra' is unknown; did you mean 'lora'"),
         (["--task", "docstring-pakage"], "task 'docstring-pakage' is unknown; did you mean 'docstring-package'"),
         (["--limit", "tran=5"], "'tran=5' is not understood; did you mean 'train'"),
