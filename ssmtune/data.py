@@ -114,11 +114,14 @@ def encode(tokenizer, example: Example, max_length: int | None = None, *, add_eo
 
     Too long an example loses the beginning of its prompt; only a target that does not fit by itself loses its end.
     """
-    prompt = encode_prompt(tokenizer, example.prompt)
-    return _join(tokenizer, prompt, _tokens(tokenizer, example.target), max_length, add_eos)
+    prompt, start = _tokens(tokenizer, example.prompt), _start(tokenizer)
+    return _join(tokenizer, prompt, _tokens(tokenizer, example.target), start, max_length, add_eos)
 
 
-def _join(tokenizer, prompt: list[int], target: list[int], max_length: int | None, add_eos: bool) -> Encoded:
+def _join(
+    tokenizer, prompt: list[int], target: list[int], start: list[int], max_length: int | None, add_eos: bool
+) -> Encoded:
+    prompt = _never_empty(tokenizer, start + prompt)
     if add_eos and tokenizer.eos_token_id is not None:
         target = [*target, tokenizer.eos_token_id]
     prompt_cut = target_cut = 0
@@ -128,16 +131,28 @@ def _join(tokenizer, prompt: list[int], target: list[int], max_length: int | Non
         target = target[: max_length - 1]
         room = max_length - len(target)
         prompt_cut = len(prompt) - room
-        prompt = prompt[-room:]
+        prompt = _cut(prompt, room, start)
     return Encoded(prompt + target, [IGNORED] * len(prompt) + target, prompt_cut, target_cut)
 
 
 def encode_prompt(tokenizer, prompt: str, max_length: int | None = None) -> list[int]:
     """Tokens of a prompt, never none: an empty one becomes the token that starts or separates texts."""
-    tokens = _tokens(tokenizer, prompt)
-    if max_length is not None:
-        tokens = tokens[-max_length:]
-    return _never_empty(tokenizer, tokens)
+    start = _start(tokenizer)
+    tokens = _never_empty(tokenizer, start + _tokens(tokenizer, prompt))
+    return tokens if max_length is None or len(tokens) <= max_length else _cut(tokens, max_length, start)
+
+
+def _cut(tokens: list[int], length: int, start: list[int]) -> list[int]:
+    """The end of a prompt, behind what every text starts with."""
+    return start + tokens[len(tokens) - (length - len(start)) :]
+
+
+def _start(tokenizer) -> list[int]:
+    """What every text starts with: the beginning-of-text token where the tokenizer puts one, as Llama's do."""
+    if tokenizer.bos_token_id is None:
+        return []
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _tokens(tokenizer, text: str | list[str]) -> list:
@@ -187,9 +202,10 @@ def encode_all(tokenizer, examples: Iterable[Example], max_length: int | None = 
     examples = list(examples)
     prompts = _tokens(tokenizer, [example.prompt for example in examples])
     targets = _tokens(tokenizer, [example.target for example in examples])
+    start = _start(tokenizer)
     return EncodedExamples(
         [
-            _join(tokenizer, _never_empty(tokenizer, prompt), target, max_length, add_eos=True)
+            _join(tokenizer, prompt, target, start, max_length, add_eos=True)
             for prompt, target in zip(prompts, targets, strict=True)
         ]
     )

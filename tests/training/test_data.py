@@ -128,6 +128,25 @@ def test_empty_prompt_still_gives_the_first_token_a_context():
     assert encode_prompt(Characters(), "abc", 2) == [98, 99]
 
 
+class Beginning(Characters):
+    """Puts a beginning-of-text token in front, unless told not to, as Llama's tokenizers do."""
+
+    bos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True):
+        plain = super().__call__(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [1, *plain] if add_special_tokens else plain}
+
+
+def test_texts_start_as_the_tokenizer_says_also_when_they_are_cut():
+    assert encode(Beginning(), Example("ab", "c")).input_ids == [1, 97, 98, 99, 0]
+    item = encode(Beginning(), Example("abcdef", "xy"), 5)
+    assert item == Encoded([1, 102, 120, 121, 0], [IGNORED, IGNORED, 120, 121, 0], prompt_cut=5)
+    assert encode_all(Beginning(), [Example("abcdef", "xy")], 5).items == [item]
+    assert encode_prompt(Beginning(), "abc", 2) == [1, 99] and encode_prompt(Beginning(), "abc") == [1, 97, 98, 99]
+    assert encode_prompt(Beginning(), "") == [1]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_collator_pads_and_masks(side):
     batch = Collator(7, side)([Encoded([1, 2, 3], [IGNORED, 2, 3]), Encoded([4], [4])])
