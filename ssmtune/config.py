@@ -56,6 +56,10 @@ class MethodConfig:
 @dataclass
 class DataConfig:
     path: str | None = _option(None, "training examples: a JSONL or CSV file, or a dataset name on the hub")
+    task: str | None = _option(
+        None, "a task of `ssmtune compare` by name, in the place of a path: its train and dev examples"
+    )
+    dir: str | None = _option(None, "the files of a task that reads any, or a dataset on the hub")
     dev_path: str | None = _option(None, "held-out examples; without it a part of the training examples is held out")
     dev_fraction: float = _option(0.05, "share held out when there is no dev_path; 0 for none", minimum=0, maximum=0.5)
     split: str = _option("train", "split of a dataset on the hub")

@@ -24,6 +24,8 @@ examples:
 
 The data is JSONL or CSV with the columns prompt and completion, or whatever --data.template and --data.target name:
   ssmtune train --data words.csv --data.template '{word} means' --data.target meaning
+Or it is that of a task, which `ssmtune compare --help` lists:
+  ssmtune train mamba-5m --method lora --task e2e --data-dir data/e2e --out runs/e2e
 
 exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted
 """
@@ -37,7 +39,7 @@ def add_parser(subparsers) -> None:
         "train",
         help="fine-tune a model with one method",
         description="Fine-tune a model with one method.",
-        usage="ssmtune train [MODEL] [--config FILE] [--method M] [--data PATH] [--out DIR] [--SECTION.KEY VALUE ...]",
+        usage="ssmtune train [MODEL] [--config FILE] [--method M] [--data PATH | --task T] [--out DIR] [--KEY VALUE]",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -46,6 +48,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file, or a recipe such as mamba-5m/lora.yaml")
     parser.add_argument("--method", dest="method.name", metavar="M", help=help_of("method.name"))
     parser.add_argument("--data", dest="data.path", metavar="PATH", help=help_of("data.path"))
+    parser.add_argument("--task", dest="data.task", metavar="T", help=help_of("data.task"))
+    parser.add_argument("--data-dir", dest="data.dir", metavar="DIR", help=help_of("data.dir"))
     parser.add_argument("--out", metavar="DIR", help=help_of("out"))
     parser.add_argument("--import", dest="imports", metavar="M,M", help=help_of("imports"))
     parser.add_argument("--backend", metavar="B", help="cuda, triton, cpu or reference, or auto (the default)")
@@ -55,7 +59,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, with the memory, and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the report at the end")
     group = parser.add_argument_group("configuration", "every key of the configuration file")
-    add_flags(group, RunConfig, skip=("method.name", "data.path"))
+    add_flags(group, RunConfig, skip=("method.name", "data.path", "data.task", "data.dir"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,10 +144,21 @@ def _tracker(name: str | None, out: Path) -> list:
 
 def _load_data(config: RunConfig) -> tuple[list, list]:
     from ssmtune.data import hold_out, load_examples
+    from ssmtune.tasks import load_task
 
     data = config.data
+    if data.task is not None:
+        if data.path is not None or data.dev_path is not None:
+            raise ConfigError(
+                f"data.task is {data.task!r}, and data.path or data.dev_path is set too.\n"
+                "  A task brings its own examples to train on and to hold out. Give --task or --data."
+            )
+        task = load_task(data.task, data.dir, data.limit and {"train": data.limit})
+        return task.train, task.dev
     if data.path is None:
-        raise ConfigError("data.path is not set.\n  Give the training examples with --data FILE.")
+        raise ConfigError(
+            "data.path is not set.\n  Give the training examples with --data FILE, or a task with --task."
+        )
     examples = load_examples(data.path, data.template, data.target, split=data.split, limit=data.limit)
     if data.dev_path is None:
         return hold_out(examples, data.dev_fraction, config.train.seed)

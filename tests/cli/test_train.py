@@ -44,6 +44,21 @@ def test_train_fills_a_run_directory_and_says_what_is_next(command, tmp_path, ca
     assert stored["train"]["lr"] == 5e-3 and stored["method"]["name"] == "state-offset"
 
 
+def test_a_task_brings_its_examples(tiny_checkpoint, tmp_path, capsys):
+    for split, count in (("train", 8), ("dev", 3), ("test", 2)):
+        rows = "".join(f"{split} {i},{'odd' if i % 2 else 'even'}\n" for i in range(count))
+        (tmp_path / f"{split}.csv").write_text(f"prompt,completion\n{rows}")
+    task = ["--task", "files", "--data-dir", str(tmp_path), "--data.limit", "7"]
+    command = ["train", tiny_checkpoint, *task, "--train.steps", "1", "--eval.samples", "0"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "7 examples of" in (text := capsys.readouterr().out) and "dev 3" in text
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["task"] == "files"
+    assert main([*command, "--data", str(tmp_path / "train.csv")]) == 2
+    assert "data.task is 'files', and data.path" in capsys.readouterr().err
+    assert main(["train", tiny_checkpoint, "--task", "e2f"]) == 2
+    assert "did you mean 'e2e'" in capsys.readouterr().err
+
+
 def test_log_follows_the_run_in_another_program(command, tmp_path, monkeypatch, capsys):
     seen = []
 
