@@ -132,5 +132,14 @@ def test_axes_and_their_pareto_front_are_the_readers_choice(page, browse):
 
 
 def test_page_fits_a_phone(page, browse):
-    seen = browse(page, "return [document.documentElement.scrollWidth, innerWidth];", width=500)
-    assert seen[0] <= seen[1]
+    overflow, cut = browse(
+        page,
+        """document.body.style.width = "390px"; draw();
+          const cut = [...document.querySelectorAll("#charts text")].filter((text) => {
+            const [own, held] = [text, text.closest("figure")].map((node) => node.getBoundingClientRect());
+            return own.left < held.left || own.right > held.right;
+          });
+          return [document.body.scrollWidth - document.body.clientWidth, cut.map((text) => text.textContent)];""",
+        width=500,
+    )
+    assert overflow <= 0 and cut == []

@@ -10,6 +10,10 @@ const direction = (row, name) => (name === HEADLINE ? about(row).better : axes[n
 const brief = (value) => (Math.abs(value) >= 1e6 ? `${+(value / 1e6).toPrecision(3)} M`
   : Math.abs(value) >= 1e4 ? `${+(value / 1e3).toPrecision(3)} k` : `${+value.toPrecision(3)}`);
 
+const ruler = element("canvas").getContext("2d");
+ruler.font = "11.5px system-ui, sans-serif"; // as page.css has it for charts
+const textWidth = (text) => ruler.measureText(text).width;
+
 // A linear scale, or a logarithmic one for positive values of many sizes.
 function scale(values, from, to) {
   let low = Math.min(...values), high = Math.max(...values);
@@ -73,9 +77,10 @@ function placeLabels(labels, box) {
   let next = box.bottom + 4;
   for (const item of [...labels].reverse()) next = (item.at = Math.min(item.at, next)) - line;
   for (const { group, x, y, at, text } of labels) {
-    const left = x + 9 + 6.2 * text.length > box.edge;
-    const start = left ? x - 9 : x + 9;
+    const room = textWidth(text) + 9;
+    const side = x + room <= box.edge ? "start" : x - room >= 0 ? "end" : "edge";
+    const start = { start: x + 9, end: x - 9, edge: box.edge }[side];
     if (Math.abs(at - y) > 9) group.append(svg("line", { class: "leader", x1: x, y1: y, x2: start, y2: at }));
-    group.append(svg("text", { x: start, y: at + 4, "text-anchor": left ? "end" : "start" }, text));
+    group.append(svg("text", { x: start, y: at + 4, "text-anchor": side === "start" ? "start" : "end" }, text));
   }
 }

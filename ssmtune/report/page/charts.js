@@ -51,7 +51,7 @@ function learning(caption, left, width) {
     return { row, points };
   }).filter(({ points }) => points.length > 1);
   if (lines.length === 0) return null;
-  const room = Math.min(0.36 * width, 12 + 6.2 * Math.max(...lines.map(({ row }) => row.title.length)));
+  const room = Math.min(0.5 * width, 16 + Math.max(...lines.map(({ row }) => textWidth(row.title))));
   const { figure, picture, x, y, box } = frame(caption, width, 330,
     lines.flatMap(({ points }) => points.map(([step]) => step)), lines.flatMap(({ points }) => points.flatMap((p) => p[1])),
     ["optimizer steps", "dev loss, nats per token"], room);
@@ -75,7 +75,7 @@ function differences(task, left, width) {
   const together = distinct(compared.map((row) => row.model)).length;
   const names = compared.map((row) => label(row, together));
   const { reference, better, metric } = about(compared[0]);
-  const margin = Math.min(0.45 * width, 16 + 6.2 * Math.max(...names.map((name) => name.length)));
+  const margin = Math.min(0.6 * width, 20 + Math.max(...names.map(textWidth)));
   const height = 62 + 24 * compared.length;
   const x = scale([0, ...compared.flatMap(({ difference: { mean, interval, values } }) =>
     [mean - (interval || 0), mean + (interval || 0), ...values.filter(Number.isFinite)])], margin, width - 12);
@@ -95,7 +95,7 @@ function differences(task, left, width) {
       marker(x.place(mean), y, row.model), svg("text", { x: margin - 8, y: y + 4, "text-anchor": "end" }, names[i])));
   });
   const side = better === "higher" ? "right" : "left";
-  picture.append(svg("text", { x: (margin + width) / 2, y: height - 6, "text-anchor": "middle" },
+  picture.append(svg("text", { x: width - 12, y: height - 6, "text-anchor": "end" },
     `${metric} (better to the ${side})`));
   return element("figure", {}, element("figcaption", {}, caption), picture);
 }
