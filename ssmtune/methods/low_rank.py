@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # The projections of a Mamba mixer in which LoRA trains: a patched mixer calls each of them as a module.
 # out_proj is left out because peft refuses it on Mamba. A model without any gets LoRA in every linear layer but its
-# head, as in Dettmers et al., QLoRA, 2023, section 4: of GPT-NeoX query_key_value, dense, dense_h_to_4h and
+# head, as in Dettmers et al., QLoRA, 2023: of GPT-NeoX query_key_value, dense, dense_h_to_4h and
 # dense_4h_to_h, of Llama q, k, v, o, gate, up and down_proj.
 LORA_TARGETS = ("in_proj", "x_proj", "dt_proj")
 # Those among them that make what the recurrence reads: B, C and the time step.

@@ -43,5 +43,5 @@ def add_ia3(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     return get_peft_model(model, IA3Config(task_type="CAUSAL_LM", **modules))
 
 
-# The rate is that of the paper above, section 3.3.
+# The rate is that of the authors' configuration, github.com/r-three/t-few, configs/ia3.json.
 RESCALING_METHODS = (Method("ia3", "IA3", 3e-3, "weights", add_ia3, needs=keys_or_projections),)
