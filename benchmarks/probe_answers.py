@@ -23,7 +23,7 @@ class Answer:
     Args:
         claim: what should come out.
         source: where it is from.
-        measured: what came out; None if it was not run.
+        measured: what came out, and of how many seeds; None if it was not run.
         holds: whether the two agree.
     """
 
@@ -47,9 +47,7 @@ def answers(studies: Sequence[Study]) -> list[Answer]:
     for study in studies:
         rows = {task.name: [row for row in task.rows if row.name != "base"] for task in study.summary.tasks}
         for row in rows.get("probe-style", []):
-            found.append(
-                _learnt(f"probe-style: {row.title} moves {study.name}", "only an output's bias moves", row.scores)
-            )
+            found.append(_learnt(f"probe-style: {row.title} moves {study.name}", PREFIX, row.scores))
         for row in rows.get("probe-order", []):
             claim = f"probe-order: {row.title}"
             if row.kind == "full":
@@ -61,7 +59,7 @@ def answers(studies: Sequence[Study]) -> list[Answer]:
 
 def table(found: Sequence[Answer]) -> str:
     """The answers as Markdown."""
-    lines = ["| known answer | source | exact match % | came out |", "|---|---|---:|---|"]
+    lines = ["| known answer | source | exact match % (seeds) | came out |", "|---|---|---:|---|"]
     for answer in found:
         lines.append(
             f"| {answer.claim} | {answer.source} | {answer.measured} | {'yes' if answer.holds else '**no**'} |"
@@ -84,7 +82,7 @@ def _behind(claim: str, source: str, score: Spread | None, other: Spread | None)
 
 
 def _text(score: Spread | None) -> str | None:
-    return None if score is None else mean_text(score)
+    return None if score is None else f"{mean_text(score)} ({len(score.values)})"
 
 
 def _score(studies: Sequence[Study], model: str, task: str, method: str, metric: str | None = None) -> Spread | None:

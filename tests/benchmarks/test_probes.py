@@ -51,7 +51,7 @@ def test_answers_compare_what_was_measured_with_what_is_known():
         "probe-order: Full teaches it to mamba-sorter": False,
         "probe-order: Initial-State does not teach it to mamba-sorter": False,
     }
-    assert "| 69.0 ± 41.0 | yes |" in table(held) and table(held).count("**no**") == 2
+    assert "| 69.0 ± 41.0 (2) | yes |" in table(held) and table(held).count("**no**") == 2
     overlapping = [study("llama", probe_copy={"full": [99, 97]}), study("mamba", probe_copy={"full": [40, 98]})]
     assert [answer.holds for answer in answers(overlapping)] == [True, False]
 
