@@ -75,6 +75,10 @@ class TrainConfig:
     batch_size: int = _option(8, "examples per step and device", minimum=1)
     accumulation: int = _option(1, "batches per optimizer step", minimum=1)
     lr: float | None = _option(None, "peak learning rate (default: the method's own)", above=0)
+    optimizer: str = _option(
+        "adamw", "adamw, or mezo: forward passes alone, in the memory of inference; needs lr", choices=("adamw", "mezo")
+    )
+    eps: float = _option(1e-3, "of mezo: how far it looks in both directions", above=0)
     warmup: float = _option(
         0.05, "share of the steps in which the rate rises, before it falls linearly to 0", minimum=0, maximum=1
     )

@@ -49,11 +49,14 @@ def _of_process(name: str) -> int | None:
     return int(match.group(1)) * 1024 if match else None
 
 
-def estimate_bytes(model: nn.Module, batch_size: int, length: int, checkpointing: bool = False) -> int:
+def estimate_bytes(
+    model: nn.Module, batch_size: int, length: int, checkpointing: bool = False, forward_only: bool = False
+) -> int:
     """Rough memory of one training step: weights, gradients, AdamW's two moments, activations and logits.
 
     A layer takes about six tensors of its inner width and four of the hidden width for the backward pass; with that,
-    the estimate was 0.85 to 1.3 times what was measured, on Mambas of 5 to 15 million parameters.
+    the estimate was 0.85 to 1.3 times what was measured, on Mambas of 5 to 15 million parameters. With `forward_only`,
+    as with MeZO, there are the weights, the tensors of one layer and the logits.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
@@ -66,6 +69,8 @@ def estimate_bytes(model: nn.Module, batch_size: int, length: int, checkpointing
     per_layer = tokens * (6 * inner + 4 * hidden) * element
     activations = per_layer + layers * tokens * hidden * element if checkpointing else layers * per_layer
     logits = 3 * tokens * getattr(config, "vocab_size", 0) * 4
+    if forward_only:
+        return weights + per_layer + logits
     return weights + trained + activations + logits
 
 

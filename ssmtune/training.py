@@ -33,6 +33,7 @@ from ssmtune.data import Collator, EncodedExamples, Example, encode_all
 from ssmtune.generation import score_encoded
 from ssmtune.likelihood import pad_id, target_losses
 from ssmtune.master_weights import MasterAdamW
+from ssmtune.mezo import MeZO
 from ssmtune.models import no_progress_bars, portable_name
 from ssmtune.run_directory import RunDirectory, environment, whole_folder, write_json
 from ssmtune.training_log import RunLog, StopRequest, diverged, draw_losses
@@ -86,7 +87,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train what is trainable in a model, with AdamW and a learning rate that rises, then falls linearly to zero.
+    """Train what is trainable in a model, with a learning rate that rises, then falls linearly to zero.
 
     The order of the examples depends on `config.seed` alone, so every method sees the same batches. Two runs with the
     same arguments give the same weights, and so does one that was interrupted and resumed.
@@ -138,7 +139,7 @@ def train(
             trainer.best = load_file(checkpoint / _BEST)
         for callback in callbacks:
             trainer.add_callback(callback)
-        if past is None:
+        if past is None and config.optimizer == "adamw":
             _warn_of_dead_tensors(trainer, log)
         for data, name in ((train_data, "training"), (dev_data, "dev")):
             if log.progress.enabled and (cut := data.cut_report(max_length)):
@@ -205,7 +206,6 @@ class _Trainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
         )
-        adamw = {"lr": config.lr, "betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
         # DataParallel would cut up the positions at which logits are wanted; several GPUs are a matter for torchrun
         arguments._n_gpu = min(arguments.n_gpu, 1)
         super().__init__(
@@ -213,7 +213,7 @@ class _Trainer(Trainer):
             args=arguments,
             train_dataset=train_data,
             data_collator=Collator(pad_id(log.tokenizer)),
-            optimizer_cls_and_kwargs=(MasterAdamW, adamw) if _trains_half(model) else None,
+            optimizer_cls_and_kwargs=_optimizer(model, config, arguments),
         )
         # compute_loss divides by the target tokens of the whole step, which Trainer counts if the model asks for them
         self.model_accepts_loss_kwargs = True
@@ -255,10 +255,22 @@ class _Trainer(Trainer):
         if self.args.world_size > 1:
             tokens = self.accelerator.reduce(tokens.to(self.args.device), "sum")
         self.record.tokens += int(tokens)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.config.optimizer == "mezo":
+            loss = self._look_ahead(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise diverged("the loss", loss.item(), self.state.global_step + 1, self._get_learning_rate())
         return loss
+
+    def _look_ahead(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """The loss of a batch, by which MeZO, the optimizer inside of accelerate's, will make its step."""
+        model.eval()  # dropout would differ in both directions
+        inputs = self._prepare_inputs(inputs)
+        return self.optimizer.optimizer.estimate(
+            lambda: self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch),
+            lambda value: self.accelerator.reduce(value, "mean"),
+        )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The mean loss of all target tokens of the dev set, each counted once."""
@@ -356,8 +368,16 @@ def _assign(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         places[name].copy_(tensor)
 
 
-def _trains_half(model: nn.Module) -> bool:
-    return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+def _optimizer(
+    model: nn.Module, config: TrainConfig, arguments: TrainingArguments
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The class of the optimizer and its options; None for the AdamW of Trainer."""
+    if config.optimizer == "mezo":
+        return MeZO, {"lr": config.lr, "eps": config.eps, "seed": config.seed}
+    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        betas = arguments.adam_beta1, arguments.adam_beta2
+        return MasterAdamW, {"lr": config.lr, "betas": betas, "eps": arguments.adam_epsilon}
+    return None
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

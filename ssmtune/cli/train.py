@@ -173,6 +173,11 @@ def _resolve(args: argparse.Namespace) -> RunConfig:
         method = get_method(config.method.name)
         if config.out is None:
             config.out = f"runs/{Path(config.model).name}-{method.name}"
+        if config.train.lr is None and config.train.optimizer == "mezo":
+            raise ConfigError(
+                f"train.lr is not set, and the default of {method.name} is one for AdamW.\n"
+                "  MeZO wants a small one: its authors take 1e-6 for all weights, 5e-5 for LoRA. Set --train.lr."
+            )
         if config.train.lr is None:
             config.train.lr = method.default_lr
         return config
@@ -222,7 +227,9 @@ def _print_plan(config: RunConfig, method, model, tokenizer, train_examples, dev
     trainable, total = parameter_counts(model)
     data = encode_all(tokenizer, train_examples, config.data.max_length)
     longest = max(len(item.input_ids) for item in data.items)
-    estimate = estimate_bytes(model, config.train.batch_size, longest, config.train.gradient_checkpointing)
+    settings = config.train
+    forward_only = settings.optimizer == "mezo"
+    estimate = estimate_bytes(model, settings.batch_size, longest, settings.gradient_checkpointing, forward_only)
     per_step = config.train.batch_size * config.train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     passes = config.train.steps * per_step / len(data)
     rows = [

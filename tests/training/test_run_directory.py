@@ -92,6 +92,7 @@ def test_estimate_grows_with_what_costs_memory(tiny_mamba):
     least = memory.estimate_bytes(frozen, 4, 64)
     assert memory.estimate_bytes(frozen, 4, 64, checkpointing=True) < least < memory.estimate_bytes(frozen, 8, 64)
     assert memory.estimate_bytes(frozen.requires_grad_(True), 4, 64) > least
+    assert memory.estimate_bytes(frozen, 4, 64, forward_only=True) < least
 
 
 def test_progress_off_a_terminal_is_plain_lines(capsys):
