@@ -18,7 +18,8 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("results") / "compiled" / "triton.csv"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-BLOCKS = ("BLOCK_T", "BLOCK_N", "BLOCK_D", "STEPS")
+BLOCKS = ("BLOCK_T", "BLOCK_N", "BLOCK_D")
+STEPS = ("AHEAD", "STEPS")
 PER = {
     "selective_scan": "(b,d,t,n)",
     "causal_conv1d": "(b,d,t)",
@@ -123,7 +124,12 @@ def _row(op: str, case: str, target: str, launch) -> Row:
         kernel = _read(launch)
         registers, spills, stack = kernel.registers, kernel.spills, kernel.stack
         loops = [loop for loop in kernel.loops if loop.count("MUFU.EX2")]
-        total = sum(loop.instructions for loop in loops) or kernel.instructions
+        # the backward scan has two loops, each with tiles of its own
+        steps = [launch.arguments[name] for name in STEPS if name in launch.arguments] or [1]
+        if loops:
+            total = sum(loop.instructions / n for loop, n in zip(loops, steps, strict=True))
+        else:
+            total = kernel.instructions / steps[-1]
         lanes = math.prod(launch.arguments[name] for name in BLOCKS if name in launch.arguments)
         instructions = round(total * 32 * metadata.num_warps / lanes, 2)
     return Row(

@@ -46,6 +46,7 @@ def cases() -> Iterator[KernelCase]:
         "groups": {"groups": 8},
         "channels-first": {"first": True},
         "segments of one sequence": {"segments": True},
+        "segments of packed sequences": {"packed": True, "segments": True},
     }.items():
         call = partial(scan, torch.bfloat16, 16, **options)
         yield KernelCase("selective_scan", f"bfloat16, {label}", call, fast=label == "offsets")
@@ -85,7 +86,8 @@ def scan(
         parameters: whether A, D and delta_bias ask for gradients too.
         offsets: whether there are an initial state, a state offset and an output offset, with gradients.
         trained: the only inputs that ask for gradients, where there are any; they are given.
-        segments: whether time is cut into segments, as for a single sequence on a large GPU.
+        packed: 32 sequences, or 3 where there are segments.
+        segments: whether time is cut into segments, as for few sequences on a large GPU.
     """
     batch = 1 if packed or segments else BATCH
     states = trained or (("initial_state", "state_offset", "output_offset") if offsets else ())
@@ -104,8 +106,8 @@ def scan(
         "output_offset": _empty(DIM) if "output_offset" in states else None,
     }
     wanted = {*(trained or ("u", "delta", "B", "C", "z", *states)), *(("A", "D", "delta_bias") if parameters else ())}
-    cu_seqlens = torch.empty(33, dtype=torch.int32, device="meta") if packed else None
-    rows = 32 if packed else batch
+    rows = (3 if segments else 32) if packed else batch
+    cu_seqlens = torch.empty(rows + 1, dtype=torch.int32, device="meta") if packed else None
     last_state = _empty(rows, DIM, dstate)
     shape = triton.chunk_states_shape(batch, DIM, SEQLEN, dstate, groups or 1, rows if packed else None)
     out, chunk_states = layout.empty_like(inputs["u"]), _empty(*shape)

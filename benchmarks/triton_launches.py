@@ -68,10 +68,5 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         launches.append(Launch(self.__name__, arguments, tuple(programs), compiled))
         return compiled
 
-    before = driver._active
-    driver.set_active(_Driver(target))
-    try:
-        with patch.object(JITFunction, "run", compile_only):
-            yield launches
-    finally:
-        driver._active = before
+    with patch.object(driver, "_active", _Driver(target)), patch.object(JITFunction, "run", compile_only):
+        yield launches

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmtune.triton_kernels.packed_sequences import sequence_of
+
 STEPS = 8
 # of the backward kernel: enough to fill any GPU
 PROGRAMS = 2048
@@ -31,15 +33,7 @@ def locate_tile(i_tile, cu_seqlens_ptr, seqlen, n_sequences, TILE: tl.constexpr)
         length = seqlen
         start = (i_tile % n_tiles) * TILE
     else:
-        # from begin // TILE + i on are the tiles of sequence i: those are enough, and a few too many stay empty
-        low = i_tile * 0
-        high = low + n_sequences
-        while high - low > 1:
-            middle = (low + high) // 2
-            if tl.load(cu_seqlens_ptr + middle) // TILE + middle <= i_tile:
-                low = middle
-            else:
-                high = middle
+        low = sequence_of(i_tile, cu_seqlens_ptr, n_sequences, TILE)
         i_s = low.to(tl.int64)
         i_b = i_s * 0
         # nobody has checked the values on a GPU

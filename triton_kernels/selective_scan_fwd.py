@@ -7,8 +7,10 @@ y_t = C_t (h_t + state_offset) + D u_t + output_offset             [* silu(z_t)]
 import triton
 import triton.language as tl
 
+from ssmtune.triton_kernels.selective_scan_programs import first_chunk_of, locate_program
 from ssmtune.triton_kernels.selective_scan_tiles import (
     LOG2E,
+    channels_of,
     computed,
     load_delta,
     load_parameter,
@@ -22,19 +24,19 @@ from ssmtune.triton_kernels.selective_scan_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "n_rows", "n_segments", "segment"])
 def selective_scan_fwd_kernel(
     # sequences [batch, dim, seqlen]; B and C [batch * groups, seqlen, DSTATE]
     u_ptr, delta_ptr, B_ptr, C_ptr, z_ptr,
     # parameters [dim, DSTATE] and [dim]; those that are None are left out
     A_ptr, D_ptr, delta_bias_ptr, initial_state_ptr, state_offset_ptr, output_offset_ptr,
-    # packed sequences [rows + 1], and the states at the start of each segment [rows * n_segments, dim, DSTATE]
+    # packed sequences [rows + 1], and the states at the start of each segment [segments, dim, DSTATE]
     cu_seqlens_ptr, segment_states_ptr,
     # results
     out_ptr, last_state_ptr, chunk_states_ptr,
-    # sizes: steps of a row, channels of a group, programs side by side in a group, segments of a row, steps of a
+    # sizes: channels of a group, programs side by side in a group, segments of a row where it is not packed, steps of a
     # segment
-    seqlen, dim, group_dim, groups, n_blocks, n_segments, segment,
+    seqlen, dim, group_dim, groups, n_blocks, n_rows, n_segments, segment,
     # strides of the sequences
     stride_u_batch, stride_u_dim, stride_u_time,
     stride_delta_batch, stride_delta_dim, stride_delta_time,
@@ -46,31 +48,11 @@ def selective_scan_fwd_kernel(
     DELTA_SOFTPLUS: tl.constexpr, DSTATE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    i_block = tl.program_id(0) % (groups * n_blocks)
-    i_segment = tl.program_id(0) // (groups * n_blocks) % n_segments
-    i_row = (tl.program_id(0) // (groups * n_blocks) // n_segments).to(tl.int64)
-    i_group = i_block // n_blocks
-    # the first channel, and the others counted from it: small offsets take one pointer for a whole tile
-    i_d = i_group * tl.cast(group_dim, tl.int64) + i_block % n_blocks * BLOCK_D
-    o_d = tl.arange(0, BLOCK_D)
-    o_n = tl.arange(0, BLOCK_N)
-    m_d = i_block % n_blocks * BLOCK_D + o_d < group_dim
-    m_nd = (o_n < DSTATE)[:, None] & m_d[None, :]
-    # [BLOCK_N, BLOCK_D]
-    o_nd = o_d[None, :] * DSTATE + o_n[:, None]
-
-    if cu_seqlens_ptr is None:
-        i_b = i_row
-        begin = 0
-        end = seqlen
-        first_chunk = i_row * ((seqlen - 1) // CHUNK)
-    else:
-        i_b = 0
-        begin = tl.load(cu_seqlens_ptr + i_row).to(tl.int32)
-        end = tl.load(cu_seqlens_ptr + i_row + 1).to(tl.int32)
-        first_chunk = (begin - i_row) // CHUNK
-    start = begin + i_segment * segment
-    stop = tl.minimum(start + segment, end)
+    i_segment, i_row, i_b, i_block, i_group, i_d, begin, end, start, stop = locate_program(
+        cu_seqlens_ptr, seqlen, group_dim, groups, n_blocks, n_rows, n_segments, segment, BLOCK_D
+    )
+    first_chunk = first_chunk_of(i_row, begin, cu_seqlens_ptr, seqlen, CHUNK)
+    o_n, o_d, m_d, o_nd, m_nd = channels_of(i_block, group_dim, DSTATE, BLOCK_N, BLOCK_D)
 
     b_A = tl.load(A_ptr + i_d * DSTATE + o_nd, mask=m_nd, other=0.0) * LOG2E
     b_state_offset = load_parameter(state_offset_ptr, i_row * stride_state_offset + i_d * DSTATE, o_nd, m_nd)
@@ -80,9 +62,7 @@ def selective_scan_fwd_kernel(
     if segment_states_ptr is None:
         b_h = load_parameter(initial_state_ptr, i_row * stride_initial_state + i_d * DSTATE, o_nd, m_nd)
     else:
-        b_h = tl.load(
-            segment_states_ptr + ((i_row * n_segments + i_segment) * dim + i_d) * DSTATE + o_nd, mask=m_nd, other=0.0
-        )
+        b_h = tl.load(segment_states_ptr + (i_segment * dim + i_d) * DSTATE + o_nd, mask=m_nd, other=0.0)
 
     o_t = tl.arange(0, STEPS)
     p_u = tile_pointers(u_ptr, i_b, i_d, o_d, stride_u_batch, stride_u_dim, stride_u_time, STEPS)
@@ -91,7 +71,7 @@ def selective_scan_fwd_kernel(
     if z_ptr is not None:
         p_z = tile_pointers(z_ptr, i_b, i_d, o_d, stride_z_batch, stride_z_dim, stride_z_time, STEPS)
     # [BLOCK_N]
-    o_B = (tl.cast(i_b, tl.int64) * groups + i_group) * seqlen * DSTATE + o_n
+    o_B = (i_b * groups + i_group) * seqlen * DSTATE + o_n
     for t in range(start, stop, STEPS):
         m_t = t + o_t < stop
         m_dt = m_d[:, None] & m_t[None, :]
@@ -124,7 +104,7 @@ def selective_scan_fwd_kernel(
                 chunk = first_chunk + after // CHUNK - 1
                 tl.store(chunk_states_ptr + (chunk * dim + i_d) * DSTATE + o_nd, b_h, mask=m_nd)
 
-    if stop == end:
+    if (stop == end) & (start < end):
         tl.store(last_state_ptr + (i_row * dim + i_d) * DSTATE + o_nd, b_h, mask=m_nd)
         if (chunk_states_ptr is not None) and (cu_seqlens_ptr is not None):
             # a place that the lengths leave empty

@@ -11,8 +11,11 @@ x_{t-1} = a_t (x_t + C_t g_t), with x_t = a_{t+1} G_{t+1}.
 import triton
 import triton.language as tl
 
+from ssmtune.triton_kernels.selective_scan_programs import locate_program
 from ssmtune.triton_kernels.selective_scan_tiles import (
     LOG2E,
+    by_thread,
+    channels_of,
     computed,
     load_delta,
     load_parameter,
@@ -24,35 +27,26 @@ from ssmtune.triton_kernels.selective_scan_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "n_rows", "n_segments", "segment"])
 def selective_scan_segment_kernel(
     # sequences [batch, dim, seqlen], x being u, or dout in reverse; B, or C in reverse, [batch * groups, seqlen,
     # DSTATE]
     x_ptr, delta_ptr, B_ptr, z_ptr,
-    A_ptr, delta_bias_ptr,
-    # results [batch * n_segments, dim, DSTATE] and [batch * n_segments, dim]: the states, and the sums of the steps'
-    # sizes
+    A_ptr, delta_bias_ptr, cu_seqlens_ptr,
+    # results [segments, dim, DSTATE] and [segments, dim]: the states, and the sums of the steps' sizes
     states_ptr, sizes_ptr,
-    seqlen, dim, group_dim, groups, n_blocks, n_segments, segment,
+    # sizes: as for the forward kernel
+    seqlen, dim, group_dim, groups, n_blocks, n_rows, n_segments, segment,
     stride_x_batch, stride_x_dim, stride_x_time,
     stride_delta_batch, stride_delta_dim, stride_delta_time,
     stride_z_batch, stride_z_dim, stride_z_time,
     REVERSE: tl.constexpr, DELTA_SOFTPLUS: tl.constexpr, DSTATE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    i_block = tl.program_id(0) % (groups * n_blocks)
-    i_sum = (tl.program_id(0) // (groups * n_blocks)).to(tl.int64)
-    i_b = i_sum // n_segments
-    start = (i_sum % n_segments).to(tl.int32) * segment
-    stop = tl.minimum(start + segment, seqlen)
-    i_group = i_block // n_blocks
-    i_d = i_group * tl.cast(group_dim, tl.int64) + i_block % n_blocks * BLOCK_D
-    o_d = tl.arange(0, BLOCK_D)
-    o_n = tl.arange(0, BLOCK_N)
-    m_d = i_block % n_blocks * BLOCK_D + o_d < group_dim
-    m_nd = (o_n < DSTATE)[:, None] & m_d[None, :]
-    # [BLOCK_N, BLOCK_D]
-    o_nd = o_d[None, :] * DSTATE + o_n[:, None]
+    i_segment, i_row, i_b, i_block, i_group, i_d, begin, end, start, stop = locate_program(
+        cu_seqlens_ptr, seqlen, group_dim, groups, n_blocks, n_rows, n_segments, segment, BLOCK_D
+    )
+    o_n, o_d, m_d, o_nd, m_nd = channels_of(i_block, group_dim, DSTATE, BLOCK_N, BLOCK_D)
     b_A = tl.load(A_ptr + i_d * DSTATE + o_nd, mask=m_nd, other=0.0) * LOG2E
     b_bias = load_parameter(delta_bias_ptr, i_d, o_d, m_d)
     b_state = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -96,36 +90,37 @@ def selective_scan_segment_kernel(
             else:
                 b_state = b_decay * b_state + b_input
 
-    tl.store(states_ptr + (i_sum * dim + i_d) * DSTATE + o_nd, b_state, mask=m_nd)
-    tl.store(sizes_ptr + i_sum * dim + i_d + o_d, tl.sum(b_size, axis=1), mask=m_d)
+    tl.store(states_ptr + (i_segment * dim + i_d) * DSTATE + o_nd, b_state, mask=m_nd)
+    tl.store(sizes_ptr + i_segment * dim + i_d + o_d, tl.sum(b_size, axis=1), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_segments", "segment"])
 def selective_scan_carry_kernel(
-    # [batch * n_segments, dim, DSTATE], overwritten: from the states after the segments scanned from zero to those
-    # before them
+    # [segments, dim, DSTATE], overwritten: from the states after the segments scanned from zero to those before them
     states_ptr,
     sizes_ptr, A_ptr,
     # the state before the first segment worked on, or None for zero
     first_ptr,
-    dim, n_blocks, n_segments, stride_first,
+    cu_seqlens_ptr, dim, n_blocks, n_segments, segment, stride_first,
     REVERSE: tl.constexpr, DSTATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
-    i_d = tl.program_id(0).to(tl.int64) % n_blocks * BLOCK_D
-    o_d = tl.arange(0, BLOCK_D)
-    o_n = tl.arange(0, BLOCK_N)
-    m_d = i_d + o_d < dim
-    m_nd = (o_n < DSTATE)[:, None] & m_d[None, :]
-    o_nd = o_d[None, :] * DSTATE + o_n[:, None]
+    i_row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_block = tl.program_id(0) % n_blocks
+    i_d = i_block.to(tl.int64) * BLOCK_D
+    o_n, o_d, m_d, o_nd, m_nd = channels_of(i_block, dim, DSTATE, BLOCK_N, BLOCK_D)
+    first = i_row * n_segments
+    if cu_seqlens_ptr is not None:
+        begin = tl.load(cu_seqlens_ptr + i_row).to(tl.int32)
+        first = i_row + begin // segment
+        n_segments = tl.cdiv(tl.load(cu_seqlens_ptr + i_row + 1).to(tl.int32) - begin, segment)
     b_A = tl.load(A_ptr + i_d * DSTATE + o_nd, mask=m_nd, other=0.0) * LOG2E
-    b_state = load_parameter(first_ptr, i_b * stride_first + i_d * DSTATE, o_nd, m_nd)
+    b_state = load_parameter(first_ptr, i_row * stride_first + i_d * DSTATE, o_nd, m_nd)
     for i in range(n_segments):
-        i_sum = i_b * n_segments + (n_segments - 1 - i if REVERSE else i)
-        p_state = states_ptr + (i_sum * dim + i_d) * DSTATE + o_nd
+        i_segment = first + (n_segments - 1 - i if REVERSE else i)
+        p_state = states_ptr + (i_segment * dim + i_d) * DSTATE + o_nd
         b_after = tl.load(p_state, mask=m_nd, other=0.0)
         tl.store(p_state, b_state, mask=m_nd)
-        b_size = tl.load(sizes_ptr + i_sum * dim + i_d + o_d, mask=m_d, other=0.0)
+        b_size = tl.load(sizes_ptr + i_segment * dim + i_d + o_d, mask=m_d, other=0.0)
         # in two halves, which overflow only where their product with the state does
-        b_half = tl.exp2(0.5 * b_size[None, :] * b_A)
+        b_half = tl.exp2(0.5 * by_thread(b_size, BLOCK_D)[None, :] * b_A)
         b_state = tl.where(b_state == 0.0, 0.0, b_state * b_half * b_half) + b_after

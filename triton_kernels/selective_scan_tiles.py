@@ -17,10 +17,42 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def by_thread(b_x, BLOCK_D: tl.constexpr):
+    """Put channels in the order of state tiles: 0, 4, 8, ..., 1, 5, 9, ...
+
+    A thread has every eighth of 32 in a state tile: so these are neighbours, which one vector load gets it.
+    """
+    OWN: tl.constexpr = 4 if BLOCK_D > 4 else BLOCK_D
+    return tl.reshape(tl.trans(tl.reshape(b_x, [BLOCK_D // OWN, OWN])), [BLOCK_D])
+
+
+@triton.jit
+def by_channel(b_x, BLOCK_D: tl.constexpr):
+    """Undo `by_thread`."""
+    OWN: tl.constexpr = 4 if BLOCK_D > 4 else BLOCK_D
+    return tl.reshape(tl.trans(tl.reshape(b_x, [OWN, BLOCK_D // OWN])), [BLOCK_D])
+
+
+@triton.jit
+def channels_of(i_block, group_dim, DSTATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return a program's states, its channels counted from its first, which of these there are, and the same of a state
+    tile [BLOCK_N, BLOCK_D]: offsets and mask. Small offsets take one pointer for a whole tile.
+    """
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    # as `by_thread` has it, which would hide from the compiler what is next to what
+    OWN: tl.constexpr = 4 if BLOCK_D > 4 else BLOCK_D
+    LANES: tl.constexpr = BLOCK_D // OWN
+    o_s = o_d % LANES * OWN + o_d // LANES
+    m_nd = (o_n < DSTATE)[:, None] & (i_block * BLOCK_D + o_s < group_dim)[None, :]
+    return o_n, o_d, i_block * BLOCK_D + o_d < group_dim, o_s[None, :] * DSTATE + o_n[:, None], m_nd
+
+
+@triton.jit
 def steps_of(b_x, BLOCK_D: tl.constexpr, STEPS: tl.constexpr):
-    """Take a tile [BLOCK_D, STEPS] apart into STEPS vectors [BLOCK_D]."""
+    """Take a tile [BLOCK_D, STEPS] apart into STEPS vectors [BLOCK_D] in the order of state tiles."""
     if STEPS == 1:
-        steps = (tl.reshape(b_x, [BLOCK_D]),)
+        steps = (by_thread(tl.reshape(b_x, [BLOCK_D]), BLOCK_D),)
     else:
         b_even, b_odd = tl.split(tl.reshape(b_x, [BLOCK_D, STEPS // 2, 2]))
         even = steps_of(b_even, BLOCK_D, STEPS // 2)
@@ -43,9 +75,9 @@ def computed(b_x, b_y):
 
 @triton.jit
 def tile_of(steps, BLOCK_D: tl.constexpr, STEPS: tl.constexpr):
-    """Put STEPS vectors [BLOCK_D] together into a tile [BLOCK_D, STEPS]."""
+    """Put STEPS vectors [BLOCK_D] in the order of state tiles together into a tile [BLOCK_D, STEPS]."""
     if STEPS == 1:
-        b_x = tl.reshape(steps[0], [BLOCK_D, 1])
+        b_x = tl.reshape(by_channel(steps[0], BLOCK_D), [BLOCK_D, 1])
     else:
         b_even = tile_of(steps[0::2], BLOCK_D, STEPS // 2)
         b_odd = tile_of(steps[1::2], BLOCK_D, STEPS // 2)

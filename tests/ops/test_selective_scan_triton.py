@@ -67,23 +67,54 @@ def check(inputs, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "programs, n_chunks, n_multiprocessors, expected",
+    "n_blocks, n_rows, batch, n_chunks, n_multiprocessors, expected",
     [
         # each of the 4 x 132 schedulers has a warp
-        (528, 64, 132, 64),
-        (1024, 64, 132, 64),
+        (528, 1, 1, 64, 132, 64),
+        (128, 8, 8, 64, 132, 64),
         # 4 x 528 / 48 = 44 segments: of 2 chunks, as 64 chunks allow no 44 equal ones
-        (48, 64, 132, 2),
-        (48, 640, 132, 15),
-        (527, 64, 132, 13),
-        (1, 64, 132, 1),
-        (1, 1, 132, 1),
+        (48, 1, 1, 64, 132, 2),
+        (48, 1, 1, 640, 132, 15),
+        (527, 1, 1, 64, 132, 13),
+        (48, 4, 4, 64, 132, 6),
+        (1, 1, 1, 64, 132, 1),
+        (1, 1, 1, 1, 132, 1),
+        # packed sequences share the time that is split, and each begins with a segment of its own
+        (48, 4, 1, 64, 132, 2),
+        (48, 11, 1, 64, 132, 64),
         # the interpreter
-        (1, 64, 0, 64),
+        (1, 1, 1, 64, 0, 64),
     ],
 )
-def test_chunks_of_segment(programs, n_chunks, n_multiprocessors, expected):
-    assert kernels.chunks_of_segment(programs, n_chunks, n_multiprocessors) == expected
+def test_chunks_of_segment(n_blocks, n_rows, batch, n_chunks, n_multiprocessors, expected):
+    assert kernels.chunks_of_segment(n_blocks, n_rows, batch, n_chunks, n_multiprocessors) == expected
+
+
+@pytest.mark.parametrize(
+    "block_d, dstate_offset, expected",
+    [(32, False, 2), (16, False, 4), (8, False, 4), (4, False, 2), (2, False, 2), (16, True, 2), (8, True, 2)],
+)
+def test_steps_ahead(block_d, dstate_offset, expected):
+    assert kernels.steps_ahead(block_d, dstate_offset) == expected
+
+
+@pytest.mark.parametrize(
+    "dim, dstate, groups, expected",
+    [
+        # block_n, block_d, n_blocks: 512 states and 32 channels at most, of one group
+        (4096, 16, 1, (16, 32, 128)),
+        (4096, 1, 1, (1, 32, 128)),
+        (1000, 16, 1, (16, 32, 32)),
+        (4096, 64, 1, (64, 8, 512)),
+        (4096, 100, 1, (128, 4, 1024)),
+        (4096, 256, 1, (256, 2, 2048)),
+        (48, 16, 6, (16, 8, 1)),
+    ],
+)
+def test_tile_of_a_program(dim, dstate, groups, expected):
+    u, A = torch.empty(1, dim, 64, device="meta"), torch.empty(dim, dstate, device="meta")
+    layout = kernels._layout(u, A, torch.empty(1, groups, 64, dstate, device="meta"), None)
+    assert (layout.block_n, layout.block_d, layout.n_blocks) == expected
 
 
 @pytest.mark.parametrize("per_row", [(), OFFSETS], ids=["shared", "per-row"])
@@ -93,6 +124,21 @@ def test_segments_equal_the_recurrence(scan_inputs, split, poison_empty, per_row
     # slow decays, so that a segment feels the one before
     inputs["A"] = inputs["A"] * 1e-1
     check(inputs)
+
+
+@pytest.mark.parametrize("per_row", [(), OFFSETS[:1], OFFSETS], ids=["shared", "initial-state", "per-row"])
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 4, 5, 13), (0, 1, 2, 10), (0, 7, 8, 12)], ids=str)
+def test_packed_segments_equal_the_recurrence(scan_inputs, split, poison_empty, bounds, per_row):
+    # sequences of one segment and of several, beginning where segments would and between
+    inputs = scan_inputs(1, 5, bounds[-1], 3, per_row=per_row, rows=len(bounds) - 1)
+    inputs["A"] = inputs["A"] * 1e-1
+    check(inputs, cu_seqlens=torch.tensor(bounds, device=DEVICE))
+
+
+@pytest.mark.parametrize("dstate, dim", [(64, 9), (32, 17), (256, 3)])
+def test_few_channels_of_many_states(scan_inputs, few_steps, poison_empty, dstate, dim):
+    check(scan_inputs(1, dim, 9, dstate))
+    check(scan_inputs(1, dim, 9, dstate, optional=("D", "z", "delta_bias")))
 
 
 @pytest.mark.parametrize("optional", [(), ("z", "initial_state")], ids=["plain", "gated"])
