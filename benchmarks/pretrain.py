@@ -252,6 +252,8 @@ def export(architecture: str, data: Path, destination: Path) -> None:
     """Writes the last checkpoint as a float16 model with its tokenizer and card, measured as written."""
     model = build_model(architecture)
     step = load_checkpoint(data / architecture, model)
+    if getattr(model.config, "rescale_prenorm_residual", False):
+        model.config.rescale_prenorm_residual = False  # transformers would scale the trained weights when it loads them
     model.half().save_pretrained(destination)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     tokenizer.save_pretrained(destination)

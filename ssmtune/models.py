@@ -67,7 +67,7 @@ def load_model(name: str, dtype: str | torch.dtype | None = None) -> tuple[nn.Mo
         ValueError: its files are missing, damaged, or pickles.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from ssmtune.mixers import find_mixers, patch
 
@@ -77,8 +77,12 @@ def load_model(name: str, dtype: str | torch.dtype | None = None) -> tuple[nn.Mo
     options: dict[str, Any] = {"trust_remote_code": False}
     with _loading(name, place):
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        config = AutoConfig.from_pretrained(place, **options)
+        if getattr(config, "rescale_prenorm_residual", False):
+            # meant for a new model, but transformers does it to weights that it has just read (docs/upstream.md)
+            config.rescale_prenorm_residual = False
         model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or torch.float32, use_safetensors=True, **options
+            place, config=config, dtype=dtype or torch.float32, use_safetensors=True, **options
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,6 +10,8 @@ SECTIONS = re.split(r"^## ", (Path(__file__).parents[2] / "docs" / "upstream.md"
 PROGRAMS = {
     section.partition("\n")[0]: re.search(r"```python\n(.*?)```", section, re.DOTALL)[1] for section in SECTIONS
 }
+# what ssmtune does about these two has tests of its own: below, and in tests/training/test_models.py
+LOADING = "Loading a model changes its weights"
 ATTENTION = "Packed sequences run into each other in evaluation, attention too"
 
 
@@ -26,7 +28,7 @@ def test_transformers_is_wrong_and_ssmtune_is_right(title):
     wrong = error(model)
     # Should this fail, the fault has been repaired: take it out of docs/upstream.md, and the way around it with it.
     assert wrong > 0.01
-    if title == ATTENTION:
+    if title in (ATTENTION, LOADING):
         return
     if hasattr(model, "peft_config"):
         repair(model)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from ssmtune import models
 from ssmtune.config import ConfigError
@@ -27,6 +29,23 @@ def test_load_model_is_patched_in_float32_and_in_evaluation_mode(tiny_checkpoint
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     halved, _ = load_model(tiny_checkpoint, "bfloat16")
     assert {parameter.dtype for parameter in halved.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba", "Mamba2"])
+def test_weights_are_those_of_the_file(kind, copy):
+    sizes = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 300, "num_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, head_dim=16, rescale_prenorm_residual=True)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(copy)
+    stored, loaded = load_file(copy / "model.safetensors"), load_model(str(copy))[0]
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.state_dict().items() if name in stored)
+    loaded.save_pretrained(copy)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in load_file(copy / "model.safetensors").items())
+
+
+def test_built_in_models_keep_their_weights_in_transformers_too():
+    for name in models.builtin_models():
+        config = json.loads((models.CHECKPOINTS / name / "config.json").read_text())
+        assert not config.get("rescale_prenorm_residual"), f"{name}: every loading would change its weights"
 
 
 def test_half_precision_files_are_loaded_as_float32(tiny_checkpoint, tmp_path):
