@@ -63,7 +63,6 @@ class CellRunner:
         """
         runs = self.runs[cell.task]
         began, created = time.monotonic(), now()
-        outcome: dict[str, Any] = {}
         try:
             with room_in(self.out):
                 outcome = runs.measure_base() if cell.stage == "base" else runs.train(cell)

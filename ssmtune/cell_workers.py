@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -43,14 +42,12 @@ class ThisProcess:
 
     def __init__(self, runner: CellRunner):
         self.runner = runner
-        self.waiting: deque[Cell] = deque()
 
     def start(self, cell: Cell) -> None:
-        self.waiting.append(cell)
+        self.cell = cell
 
     def finished(self) -> tuple[Cell, dict[str, Any]]:
-        cell = self.waiting.popleft()
-        return cell, self.runner.run(cell)
+        return self.cell, self.runner.run(self.cell)
 
     def close(self) -> None:
         pass
@@ -86,7 +83,7 @@ class _Worker:
 
 
 class Processes:
-    """Several processes on this machine, which share its threads.
+    """Several processes on this machine, which share its threads, and have one of its GPUs each or share them too.
 
     A process that dies, of a lack of memory for example, is a failed cell, and another takes its place.
     """
@@ -101,7 +98,8 @@ class Processes:
         self.runner = runner
         self.arguments = (runner.config, runner.out, threads, backend_asked_for())
         self.workers: list[_Worker] = []
-        self.ranks = itertools.count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        self.gpus = itertools.cycle(visible.split(","))
 
     def start(self, cell: Cell) -> None:
         worker = next((worker for worker in self.workers if worker.cell is None), None) or self._new()
@@ -137,7 +135,7 @@ class Processes:
         # fork would copy the locks of torch's threads as they happen to be
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, next(self.ranks), *self.arguments), daemon=True)
+        process = context.Process(target=_work, args=(theirs, next(self.gpus), *self.arguments), daemon=True)
         process.start()
         # so that the end of the process is the end of the pipe
         theirs.close()
@@ -145,15 +143,15 @@ class Processes:
         return self.workers[-1]
 
 
-def _work(pipe: Connection, rank: int, config: ComparisonConfig, out: Path, threads: int, backend: str | None) -> None:
+def _work(pipe: Connection, gpu: str, config: ComparisonConfig, out: Path, threads: int, backend: str | None) -> None:
     # Ctrl-C reaches every process of the terminal; the one that handed out the cells decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # before the first call of CUDA; Trainer takes the first GPU that it sees
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
     loop = CellLoop(config, out, backend)
     while True:
         try:

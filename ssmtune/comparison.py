@@ -37,7 +37,7 @@ class ComparisonConfig:
         batch_size, warmup, autocast: as in TrainConfig.
         evaluations: dev losses along a final run.
         measures: effects to measure besides the score, keys of EFFECTS.
-        text: held-out text for them, a file of plain text or JSONL with a column `text`; by default one of 2,000 words
+        text: held-out text for them, a file of plain text or JSONL with a column `text`; by default one of 1,800 words
             that comes with ssmtune.
         ood_task: the task whose prompts `ood` has to tell from those of each task; pieces of the text by default.
         data_dir: for the tasks that read files.

@@ -59,8 +59,11 @@ def peft_fields(cell: Cell, record: Mapping[str, Any], task: Task, config: Compa
 
 def peft_config(model) -> dict[str, Any] | None:
     """The configuration of a model's first adapter in plain JSON, or None for a model without."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else str(value)
+
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
-    plain = lambda value: sorted(value) if isinstance(value, set) else str(value)  # noqa: E731
     return None if config is None else json.loads(json.dumps(config.to_dict(), default=plain))
 
 

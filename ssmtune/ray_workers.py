@@ -56,7 +56,14 @@ class RayWorkers:
                 "  Start one with `ray start --head`, or use --ray local for one on this machine."
             ) from None
         self.ray, self.runner, self.slots = ray, runner, count
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / count)
+        resources = ray.cluster_resources()
+        if resources.get("CPU", 0) < count:
+            self.close()
+            raise ConfigError(
+                f"the Ray cluster at {address!r} has {resources.get('CPU', 0):.0f} cores for {count} runs at a time.\n"
+                "  Each takes one. Give fewer --processes."
+            )
+        gpus = min(1.0, resources.get("GPU", 0) / count)
         self.actor = ray.remote(num_cpus=1, num_gpus=gpus)(SharedLoop)
         self.arguments = (runner.config, runner.out, backend_asked_for())
         self.idle: list[Any] = []

@@ -74,6 +74,7 @@ def small_comparison(model: Path, data_dir: Path) -> ComparisonConfig:
         lr_factors=[1.0, 3.0],
         batch_size=3,
         evaluations=2,
+        measures=[],
     )
 
 
@@ -88,7 +89,7 @@ def undisturbed(tiny_checkpoint, tmp_path_factory) -> tuple[ComparisonConfig, Pa
     """A comparison of seconds, and where one process ran it from beginning to end."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = small_comparison(tiny_checkpoint, write_data(folder / "data"))
-    config.methods = ["state-offset"]
+    config.methods, config.measures = ["state-offset"], ["forgetting", "length"]
     run_comparison(config, folder / "out")
     return config, folder / "out"
 

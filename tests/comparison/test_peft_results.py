@@ -23,7 +23,8 @@ TRAIN_INFO = {
     "num_trainable_params": int,
     "num_total_params": int,
 }
-LAST_METRICS = {"test accuracy": float, "train loss": float, "train samples": int, "train total tokens": int}
+LAST_METRICS = {"test accuracy": float, "train loss": float, "train samples": int}
+LAST_METRICS |= {"train total tokens": int, "forgetting": float}
 PACKAGES = ("peft", "transformers", "datasets", "torch", "bitsandbytes")
 
 
@@ -41,7 +42,8 @@ def test_every_field_of_pefts_app_is_there(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cell_runs, "apply_method", one_fails)
     methods = ["full", "lora", "prompt-tuning", "bitfit"]
-    run_comparison(dataclasses.replace(small, methods=methods, seeds=1, lr_factors=[1.0]), tmp_path / "out")
+    config = dataclasses.replace(small, methods=methods, seeds=1, lr_factors=[1.0], measures=["forgetting"])
+    run_comparison(config, tmp_path / "out")
     # the app reads the files of one folder, all of them
     results = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out" / "cells" / "final").iterdir()}
     assert len(results) == 4

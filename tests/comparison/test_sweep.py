@@ -76,6 +76,13 @@ class KillsOnce(SweepProgress):
 
 def test_processes_give_what_one_process_gives(undisturbed, tmp_path):
     study, undisturbed = undisturbed
+    run_comparison(study, tmp_path / "out", processes=2)
+    assert_same(tmp_path / "out", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_a_failed_run(undisturbed, tmp_path):
+    study, undisturbed = undisturbed
     out = tmp_path / "out"
     run_comparison(study, out, processes=2, progress=KillsOnce())
     failed = [r for f in out.glob("cells/*/*.json") if (r := json.loads(f.read_text()))["status"] != "success"]
