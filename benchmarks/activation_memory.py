@@ -9,8 +9,7 @@ to benchmarks/results/<device>.csv; with --quick it takes a narrow model and sto
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -25,25 +24,12 @@ from benchmarks.stored import store
 from ssmtune.measure import results
 from ssmtune.measure.timing import Lap, Verified, interleave
 from ssmtune.mixers import find_mixers, patch
-from ssmtune.mixers.recomputation import Recomputation
 
 OP = "activation_memory"
 METHODS = ("full", "lora", "state-offset", "initial-state")
-ALL_KEPT, DEFAULT, SCAN_TOO = "ssmtune, all kept", "ssmtune", "ssmtune, recompute_scan"
+ALL_KEPT, DEFAULT, SCAN_TOO = "ssmtune, recompute nothing", "ssmtune, cheap", "ssmtune, scan"
+RECOMPUTE = {ALL_KEPT: "nothing", DEFAULT: "cheap", SCAN_TOO: "scan"}
 TRANSFORMERS, UNFUSED, FUSED = "transformers", "mamba_ssm, scan", "mamba_ssm, fused block"
-
-
-@contextmanager
-def recomputing(model: nn.Module, name: str) -> Iterator[None]:
-    """Within it the mixers of a patched model recompute nothing, what they do by default, or the scan too."""
-    patch(model, recompute_scan=name == SCAN_TOO)
-    entered = Recomputation.__enter__
-    if name == ALL_KEPT:
-        Recomputation.__enter__ = lambda made: made
-    try:
-        yield
-    finally:
-        Recomputation.__enter__ = entered
 
 
 def kept_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
@@ -71,8 +57,8 @@ def ours(spec: StepSpec, name: str) -> int:
     """What a patched mixer keeps."""
     model = build(spec, getattr(torch, spec.dtype))
     mixer = find_mixers(model)[-1][1]
-    with recomputing(model, name):
-        return kept_bytes(mixer, lambda: mixer(hidden_states(spec)))
+    patch(model, recompute=RECOMPUTE[name])
+    return kept_bytes(mixer, lambda: mixer(hidden_states(spec)))
 
 
 def theirs(spec: StepSpec) -> dict[str, int]:
@@ -117,8 +103,8 @@ class Case(StepCase):
         self.name = name
 
     def time(self) -> list[Lap]:
-        with recomputing(self.model, self.name):
-            return super().time()
+        patch(self.model, recompute=RECOMPUTE[self.name])
+        return super().time()
 
 
 def count(spec: StepSpec) -> dict[str, int]:
@@ -152,7 +138,7 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
             one = spec.batch * spec.seqlen * 2 * spec.width * getattr(torch, dtype).itemsize
             print(f"{dtype}, {method}, in (batch, seqlen, {2 * spec.width}) tensors")
             for name, kept in count(spec).items():
-                print(f"  {name:24}{kept / one:8.2f}", flush=True)
+                print(f"  {name:28}{kept / one:8.2f}", flush=True)
                 add(spec, name, "kept", "MiB", kept / 2**20)
     steps = [replace(mixer, layers=2)]
     if not quick:
@@ -169,7 +155,7 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
                 add(case.spec, case.name, "cpu time", "ms", summary)
                 against = f"{summary.median / first:.3f}x, n = {len(sample.runs)}"
                 print(
-                    f"  {case.spec.width} wide, {case.spec.variant:24}{case.name:24}{summary.median:8.1f} ms  {against}"
+                    f"  {case.spec.width} wide, {case.spec.variant:24}{case.name:28}{summary.median:8.1f} ms  {against}"
                 )
     store(environment, rows, quick, csv)
     return 0

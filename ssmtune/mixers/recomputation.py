@@ -24,13 +24,17 @@ class Recomputation:
 
     Nothing of this happens while gradients are off, or while torch.compile traces: a compiler decides what to keep.
 
+    Args:
+        enabled: False for a stretch that keeps everything.
+
     Example:
         >>> with Recomputation() as made:
         ...     u = made.by(causal_conv1d, x, weight)
         ...     y = projection(u)  # its backward pass needs u, and has x and weight to make it from
     """
 
-    def __init__(self):
+    def __init__(self, enabled: bool = True):
+        self._enabled = enabled
         self._hooks: saved_tensors_hooks | None = None
         self._saved: list[_Saved] = []
         self._made: _Made = {}
@@ -38,7 +42,8 @@ class Recomputation:
     def __enter__(self) -> Recomputation:
         # Inside of torch.func's transforms there are no hooks.
         if (
-            torch.is_grad_enabled()
+            self._enabled
+            and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and _autograd._saved_tensors_hooks_is_enabled()
         ):
@@ -77,7 +82,7 @@ class Recomputation:
         given = {_storage(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         for place, tensor in enumerate((*_tensors(results), *(saved.tensor for saved in self._saved[first:]))):
             if _storage(tensor) not in given:
-                self._made.setdefault(_storage(tensor), (call, place, tensor))
+                self._made.setdefault(_storage(tensor), (call, place, tensor, tensor._version))
         return results
 
     def casting(self) -> AbstractContextManager:
@@ -115,8 +120,8 @@ class _Saved:
     def settle(self, made: _Made, around: tuple[Callable, Callable] | None) -> None:
         """Decide which of them."""
         tensor = self.tensor
-        call, place, result = made.get(_storage(tensor), (None, 0, None))
-        if call is not None and tensor.dtype == result.dtype:
+        call, place, result, version = made.get(_storage(tensor), (None, 0, None, 0))
+        if call is not None and (tensor.dtype, self.version) == (result.dtype, version):
             self.call, self.tensor = call, None
             self.place, self.view = place, (tensor.size(), tensor.stride(), tensor.storage_offset())
             call.expect(place, made, around)
@@ -184,8 +189,9 @@ class _Call:
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, _Saved)]
 
 
-_Made = dict[int, tuple[_Call, int, Tensor]]
-"""By storage: the call that makes a tensor, its place among the values, and the tensor, lest the storage is reused."""
+_Made = dict[int, tuple[_Call, int, Tensor, int]]
+"""By storage: the call that makes a tensor, its place among the values, the tensor, lest its storage is reused, and its
+version."""
 
 
 def _storage(tensor: Tensor) -> int:

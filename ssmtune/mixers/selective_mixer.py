@@ -23,13 +23,13 @@ class SelectiveMixer(nn.Module):
     Mixed into a transformers class by one small class per architecture, which names that class in `original_class` and
     overrides what it does differently. It adds no parameters, so that an instance changes by its class alone.
 
-    For the backward pass it keeps what `in_proj` and `x_proj` gave. The output of the convolution and the time step are
-    made again, unless a wrapped `conv1d` or `dt_proj` makes them. With `recompute_scan` so are the states between the
-    chunks of the scan, and its output where `out_proj` trains.
+    For the backward pass it keeps what `in_proj` and `x_proj` gave, and what the scan left. The output of the
+    convolution and the time step are made again, unless a wrapped `conv1d` or `dt_proj` makes them. `recompute` is
+    "cheap" for that, "scan" to run the scan again too, and "nothing" to keep everything.
     """
 
     original_class: ClassVar[type[nn.Module]]
-    recompute_scan = False
+    recompute = "cheap"
 
     def forward(
         self, hidden_states: Tensor, cache_params: Any | None = None, attention_mask: Tensor | None = None, **kwargs
@@ -73,7 +73,7 @@ class SelectiveMixer(nn.Module):
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
 
         projected = self.in_proj(hidden_states)
-        with Recomputation() as made:
+        with Recomputation(self.recompute != "nothing") as made:
             x, z = self.split_input(made, projected)
             if pads is not None:
                 # After the projection rather than before it: its bias must not reach the convolution.
@@ -141,7 +141,7 @@ class SelectiveMixer(nn.Module):
             back on, zero where there are fewer tokens.
         """
         projected = self.in_proj(hidden_states)
-        with Recomputation() as made:
+        with Recomputation(self.recompute != "nothing") as made:
             x = self.split_input(made, projected)[0].transpose(1, 2)
             u = self.convolve(made, x, None, None)
             dt, B, C = self.project_convolved(u.transpose(1, 2))
@@ -155,7 +155,7 @@ class SelectiveMixer(nn.Module):
 
     def scan(self, made: Recomputation, *args: Any, **kwargs: Any) -> Any:
         """`ops.selective_scan`, for the backward pass kept or made again."""
-        if self.recompute_scan:
+        if self.recompute == "scan":
             return made.by(ops.selective_scan, *args, backend=requested(), **kwargs)
         return ops.selective_scan(*args, **kwargs)
 

@@ -24,8 +24,8 @@ def test_a_frozen_mixer_keeps_the_gate_and_what_reads_the_state_for_its_own_offs
     (_, mixer), one = activation_memory.find_mixers(model)[0], 2 * 64 * 128 * 4
     hidden = torch.randn(2, 64, 64)
     for name in (ALL_KEPT, DEFAULT, SCAN_TOO):
-        with activation_memory.recomputing(model, name):
-            kept = activation_memory.kept_bytes(mixer, lambda: mixer(hidden))
+        activation_memory.patch(model, recompute=activation_memory.RECOMPUTE[name])
+        kept = activation_memory.kept_bytes(mixer, lambda: mixer(hidden))
         # x lies beside the gate, and C beside dt and B.
         assert kept == 2 * one + 2 * 64 * (mixer.time_step_rank + 32) * 4
 

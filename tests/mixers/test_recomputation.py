@@ -22,10 +22,10 @@ def family(request):
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["keep-scan", "recompute-scan"])
+@pytest.fixture(params=["cheap", "scan"])
 def model(request, make_mamba):
     made = make_mamba().train()
-    patch(made, recompute_scan=request.param)
+    patch(made, recompute=request.param)
     return made
 
 
@@ -53,11 +53,11 @@ def assert_equal(expected, actual):
         assert torch.equal(grad, actual[name]), name
 
 
-@pytest.mark.parametrize("recompute_scan", [False, True], ids=["keep-scan", "recompute-scan"])
+@pytest.mark.parametrize("recompute", ["cheap", "scan"])
 @pytest.mark.parametrize("batch", ["plain", "padded", "packed"])
-def test_gradients_are_those_of_keeping_everything(make_family, adapt, tokens, keep, family, batch, recompute_scan):
+def test_gradients_are_those_of_keeping_everything(make_family, adapt, tokens, keep, family, batch, recompute):
     model = make_family(family).train()
-    patch(model, recompute_scan=recompute_scan)
+    patch(model, recompute=recompute)
     adapt(model, *ALL)
     options = {}
     if batch == "padded":
@@ -134,6 +134,16 @@ def test_a_weight_changed_before_the_backward_pass_is_refused(model, tokens, nam
         loss.backward()
 
 
+def test_a_result_changed_in_place_is_kept():
+    x = torch.randn(3, requires_grad=True)
+    with Recomputation() as made:
+        y = made.by(torch.mul, x, 2)
+        y.sin_()
+        out = y.cos()
+    out.sum().backward()
+    assert torch.allclose(x.grad, -torch.sin(torch.sin(2 * x)) * 2 * torch.cos(2 * x))
+
+
 def test_an_adapter_switched_before_the_backward_pass_changes_nothing(model, tokens, keep):
     config = LoraConfig(target_modules=EVERY_PROJECTION, r=2, init_lora_weights=False)
     model = get_peft_model(model, config)
@@ -183,9 +193,11 @@ def test_a_call_with_an_error_leaves_no_hooks_behind(model):
 
 
 def test_copies_keep_what_patch_was_told(model):
-    mixer = find_mixers(model)[0][1]
-    assert find_mixers(copy.deepcopy(model))[0][1].recompute_scan is mixer.recompute_scan
+    told = find_mixers(model)[0][1].recompute
+    assert find_mixers(copy.deepcopy(model))[0][1].recompute == told
     patch(model)
-    assert find_mixers(model)[0][1].recompute_scan is mixer.recompute_scan
-    patch(model, recompute_scan=not mixer.recompute_scan)
-    assert find_mixers(model)[1][1].recompute_scan is mixer.recompute_scan
+    assert find_mixers(model)[0][1].recompute == told
+    patch(model, recompute="nothing")
+    assert [mixer.recompute for _, mixer in find_mixers(model)] == ["nothing"] * 2
+    with pytest.raises(ValueError, match="recompute is 'all', expected 'nothing', 'cheap', 'scan' or None"):
+        patch(model, recompute="all")
