@@ -17,7 +17,7 @@ from ssmtune.generation import pad_id
 from ssmtune.gradcheck import check_gradients
 from ssmtune.methods import Method
 from ssmtune.mixers import find_mixers, patch
-from ssmtune.models import load_adapter
+from ssmtune.models import load_adapter, no_progress_bars
 from ssmtune.training import save_weights
 
 # Relative to the largest logit: an adapter of zeros adds nothing, and a stored one is the same numbers.
@@ -134,7 +134,8 @@ def _save_and_load(model: nn.Module, base: nn.Module, method: Method, batch: Map
     with tempfile.TemporaryDirectory(prefix="ssmtune-") as folder:
         save_weights(model, Path(folder))
         if method.kind == "full":
-            loaded = type(base).from_pretrained(folder, dtype=base.dtype).to(base.device).eval()
+            with no_progress_bars():
+                loaded = type(base).from_pretrained(folder, dtype=base.dtype).to(base.device).eval()
             if find_mixers(base):
                 patch(loaded)
         else:

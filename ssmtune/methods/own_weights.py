@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Mamba-2 and Zamba hold some as parameters of the mixer itself: dt_bias, x_proj_weight.
 BIASES = r"(^|[._])bias$"
-NORMS = r"norm\w*\.(weight|bias)$"
+NORMS = r"(norm\w*|\.ln_\w+)\.(weight|bias)$"
 S6 = r"\.(conv1d|x_proj|dt_proj)[._](weight|bias)$|\.(A_log|D|dt_bias)$"
 LAST_LAYERS = 2
 

@@ -193,3 +193,11 @@ def test_both_adapters_of_a_combination_are_stored(model, tmp_path, name):
     (tmp_path / "beside/adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="beside/adapter_model.safetensors cannot be read"):
         load_adapter(model, tmp_path)
+
+
+def test_norms_are_found_by_what_families_call_them():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = apply_method(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4)), "layer-norm")
+    names = {name.split("transformer.")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"{norm}.{kind}" for norm in ("h.0.ln_1", "h.0.ln_2", "ln_f") for kind in ("weight", "bias")}
