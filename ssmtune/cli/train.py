@@ -64,7 +64,6 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = _resolve(args)
-    import_modules(config.imports)
     method = get_method(config.method.name)
     options = method_options(config.method)
     from ssmtune.run_directory import RunDirectory, write_whole
@@ -170,6 +169,7 @@ def _resolve(args: argparse.Namespace) -> RunConfig:
     overrides = flag_values(args, RunConfig)
     if not args.resume:
         config = load_config(args.config, overrides)
+        import_modules(config.imports)
         method = get_method(config.method.name)
         if config.out is None:
             config.out = f"runs/{Path(config.model).name}-{method.name}"
@@ -190,6 +190,7 @@ def _resolve(args: argparse.Namespace) -> RunConfig:
     if not stored.is_file():
         raise ConfigError(f"{out} is not a run directory: it has no config.yaml.\n  Start the run without --resume.")
     config = load_config(stored)
+    import_modules(config.imports)
     wanted = to_dict(load_config(stored, {key: value for key, value in overrides.items() if key != "out"}))
     if differing := _differing(to_dict(config), wanted):
         raise ConfigError(

@@ -41,7 +41,7 @@ def ssmtune(command: str, folder: Path) -> str:
 
 def test_the_page_works_as_it_stands(folder, tiny_checkpoint):
     (commands,) = re.findall(r"```\n(ssmtune compare.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    compare, generate = commands.strip().splitlines()
+    compare, train, generate = commands.strip().splitlines()
     smaller = "--quiet --limit train=16,dev=4,test=4 --measure none"
     ssmtune(f"{compare.replace('mamba-5m', tiny_checkpoint)} {smaller}", folder)
     for method, tensors in {"decay": "decay_tuning_a", "state-offset": "state_offset_h"}.items():
@@ -53,6 +53,8 @@ def test_the_page_works_as_it_stands(folder, tiny_checkpoint):
         adapter = folder / f"runs/own/adapters/reversal/{method}"
         stored = load_file(adapter / "adapter_model.safetensors")
         assert len(stored) == 2 and all(name.endswith(tensors) and tensor.any() for name, tensor in stored.items())
+    ssmtune(f"{train.replace('mamba-5m', tiny_checkpoint)} --quiet", folder)
+    assert len(load_file(folder / "runs/one/adapter/adapter_model.safetensors")) == 2
     assert ssmtune(generate, folder).startswith("a b c d backwards:")
 
 
