@@ -39,7 +39,7 @@ class MethodConfig:
     rank: int | None = _option(None, "rank of LoRA, or of a low-rank state method (default: 8, or dense)", minimum=1)
     alpha: float | None = _option(None, "LoRA scale times rank (default: the rank)", above=0)
     dropout: float | None = _option(None, "of LoRA, or of a low-rank state (default: 0)", minimum=0, maximum=0.9)
-    target_modules: list[str] | None = _option(None, "modules that get LoRA (default: the projections of each mixer, or all linear layers)")
+    target_modules: list[str] | None = _option(None, "modules that get LoRA (default: see docs/methods.md)")
     layers: list[int] | None = _option(None, "layers to adapt (default: all)", minimum=0)
     conv_state: bool | None = _option(None, "learn what the convolution sees left of the first token too")
     reparametrize: int | None = _option(
