@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ssmtune import cell_runs, cells
 from ssmtune.comparison import run_comparison
-from ssmtune.comparison_directory import at_work_in
+from ssmtune.comparison_directory import at_work_in, claim
 from ssmtune.config import ConfigError
 from ssmtune.disk_space import DiskFull
 from ssmtune.summary import summarize
@@ -123,6 +123,12 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(undisturbed, tmp_path, mo
 def test_two_sweeps_in_one_directory_are_refused(small, tmp_path):
     with at_work_in(tmp_path / "out"), pytest.raises(ConfigError, match="another process is running the comparison"):
         run_comparison(small, tmp_path / "out")
+
+
+def test_a_sweep_killed_as_it_began_does_not_block_the_next(tmp_path):
+    (tmp_path / ".comparison.json.partial").write_text('{"form')
+    claim(tmp_path, {"format": 2})
+    assert json.loads((tmp_path / "comparison.json").read_text()) == {"format": 2}
 
 
 def test_ray_that_is_not_there_is_named(small, tmp_path, monkeypatch):

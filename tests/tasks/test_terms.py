@@ -40,7 +40,7 @@ CASES = {
     ),
     "bleu without 4-grams": (
         task(GenerationTask, "bleu"),
-        ["a river mill by the", "bread cheap mill the", "near it river is the", "say to else"],
+        ["mill a river by the", "bread cheap mill the", "near it river is the", "say to else"],
         examples(*TEXTS),
     ),
     "rouge_1": (task(SummaryTask, "rouge_1"), ["a mill", "bread is cheap", "it", "say nothing"], examples(*TEXTS)),
