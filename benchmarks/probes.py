@@ -88,6 +88,7 @@ def comparison(part: str, out: Path, seeds: int, scale: float) -> ComparisonConf
             lr_factors=[8.0],
             batch_size=32,
             evaluations=3,
+            measures=[],
         )
     return ComparisonConfig(
         model=str(save_model(family, out / "models" / f"{family}-sorter", steps(400))),
@@ -97,8 +98,10 @@ def comparison(part: str, out: Path, seeds: int, scale: float) -> ComparisonConf
         steps=steps(200),
         search_steps=steps(50),
         lr_factors=[8.0, 64.0],
+        search_seeds=1,
         batch_size=16,
         evaluations=2,
+        measures=[],  # their words are no text to a model of the probes
     )
 
 
