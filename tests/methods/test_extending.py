@@ -31,9 +31,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def ssmtune(command: str, folder: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1]), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", *shlex.split(command)]
+def ssmtune(folder: Path, *commands: str) -> str:
+    """What commands print that run one after the other in a process of their own."""
+    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1]), "OMP_NUM_THREADS": "1", "SSMTUNE_LAZY": "1"}
+    lists = [shlex.split(command)[1:] for command in commands]
+    script = f"import sys; from ssmtune.cli.main import main; sys.exit(sum(main(words) for words in {lists}))"
+    words = [sys.executable, "-c", script]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -42,8 +45,8 @@ def ssmtune(command: str, folder: Path) -> str:
 def test_the_page_works_as_it_stands(folder, tiny_checkpoint):
     (commands,) = re.findall(r"```\n(ssmtune compare.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     compare, train, generate = commands.strip().splitlines()
-    smaller = "--quiet --limit train=16,dev=4,test=4 --measure none"
-    ssmtune(f"{compare.replace('mamba-5m', tiny_checkpoint)} {smaller}", folder)
+    compare, train = (command.replace("mamba-5m", tiny_checkpoint) for command in (compare, train))
+    ssmtune(folder, f"{train} --quiet", f"{compare} --quiet --limit train=16,dev=4,test=4 --measure none")
     for method, tensors in {"decay": "decay_tuning_a", "state-offset": "state_offset_h"}.items():
         (file,) = (folder / "runs/own/cells/final").glob(f"reversal--{method}--final*.json")
         cell = json.loads(file.read_text())
@@ -53,9 +56,8 @@ def test_the_page_works_as_it_stands(folder, tiny_checkpoint):
         adapter = folder / f"runs/own/adapters/reversal/{method}"
         stored = load_file(adapter / "adapter_model.safetensors")
         assert len(stored) == 2 and all(name.endswith(tensors) and tensor.any() for name, tensor in stored.items())
-    ssmtune(f"{train.replace('mamba-5m', tiny_checkpoint)} --quiet", folder)
     assert len(load_file(folder / "runs/one/adapter/adapter_model.safetensors")) == 2
-    assert ssmtune(generate, folder).startswith("a b c d backwards:")
+    assert ssmtune(folder, generate).startswith("a b c d backwards:")
 
 
 def test_a_module_that_is_not_there_is_told():

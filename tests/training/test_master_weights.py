@@ -72,13 +72,12 @@ def test_its_state_goes_on_to_the_bit():
     assert all(map(torch.equal, known, others))
 
 
-@pytest.mark.parametrize("method", ["bitfit", "full"])
-def test_a_bfloat16_model_is_trained_through_it(tiny_checkpoint, tmp_path, method):
+def test_a_bfloat16_model_is_trained_through_it(tiny_checkpoint, tmp_path):
     examples = [Example("the sea is", " blue"), Example("the sun is", " red")] * 4
 
     def run(out, lr=1e-4, **options):
         model, tokenizer = load_model(tiny_checkpoint, "bfloat16")
-        model = apply_method(model, method)
+        model = apply_method(model, "bitfit")
         before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         config = TrainConfig(steps=6, batch_size=2, lr=lr, save_every=2, dtype="bfloat16")
         train(model, tokenizer, examples, [], config, tmp_path / out, progress=False, **options)

@@ -105,7 +105,7 @@ def run(checkpoint, out, method="state-offset", dtype="float32", steps=6, **opti
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("method", ["state-offset", "lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_interrupted_run_resumes_to_the_same_weights(tiny_checkpoint, tmp_path, method):
     whole = run(tiny_checkpoint, tmp_path / "whole", method)
     assert any(tensor.any() for tensor in whole.values())
