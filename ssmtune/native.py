@@ -106,9 +106,12 @@ def _load_cuda() -> str | None:
         cannot_run = torch.ops.ssmtune_native.cuda_why_not()
         if cannot_run:
             major, minor = torch.cuda.get_device_capability()
+            remedy = f"Reinstall ssmtune with SSMTUNE_CUDA_ARCHS={major}{minor}, or update the driver."
+            if "shared memory" in cannot_run:
+                remedy = "The Triton kernels run there."
             reason = (
                 f"{CUDA_LIBRARY}, built for {cuda_architectures()}, does not run on sm_{major}{minor}: {cannot_run}\n"
-                f"  Reinstall ssmtune with SSMTUNE_CUDA_ARCHS={major}{minor}, or update the driver."
+                f"  {remedy}"
             )
     return reason
 

@@ -1,7 +1,11 @@
-"""The backend "cuda-emulated": the CUDA kernels with their binding, run on the CPU by the emulator in tests/cuda."""
+"""The backend "cuda-emulated": the CUDA kernels with their binding, run on the CPU by the emulator in tests/cuda.
+
+Where SSMTUNE_SANITIZED is set, it is the scan of bfloat16 with up to 16 states alone, under AddressSanitizer.
+"""
 
 import ctypes
 import importlib.util
+import os
 import sys
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -45,22 +49,40 @@ def backend() -> Backend:
 
 
 def library() -> ctypes.CDLL:
-    """What operators.cpp and selective_scan.cpp of tests/cuda/emulator offer."""
+    """What operators.cpp of tests/cuda/emulator offers."""
     return ctypes.CDLL(str(path()))
 
 
 @cache
 def path() -> Path:
     """Compile the library, or find the one compiled before."""
-    folder = ROOT / "csrc" / "cuda"
+    sanitize = bool(os.environ.get("SSMTUNE_SANITIZED"))
     left_out = {"runtime.cu", "library.cpp"}
-    sources = [source for source in sorted(folder.glob("*.c*")) if source.name not in left_out]
-    others = [ROOT / "csrc" / "tensors.cpp", ROOT / "csrc" / "cpu" / "buffer.cpp"]
-    others += [EMULATOR / "operators.cpp", EMULATOR / "selective_scan.cpp"]
+    others = [ROOT / "csrc" / "tensors.cpp", ROOT / "csrc" / "cpu" / "buffer.cpp", EMULATOR / "operators.cpp"]
+    if sanitize:
+        left_out |= {f"selective_scan_{dtype}.cu" for dtype in ("bf16", "fp16", "fp32")}
+        others.append(EMULATOR / "selective_scan_sanitized.cu")
+    sources = [source for source in sorted((ROOT / "csrc" / "cuda").glob("*.c*")) if source.name not in left_out]
     (directory,) = importlib.util.find_spec("torch").submodule_search_locations
     options = [f"-isystem{directory}/include", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DSSMTUNE_EMULATED"]
     options += ["-Wl,--no-as-needed", f"-L{directory}/lib", "-ltorch_cpu"]
-    return compile_library("operators", sources + others, options=options)
+    return compile_library("sanitized" if sanitize else "operators", sources + others, sanitize, options)
+
+
+def set_order(order: int) -> None:
+    """Choose the order of threads and blocks: 0 forward, 1 in reverse, others shuffle them."""
+    library().set_order(order)
+
+
+def scan_layout(
+    backward: bool, batch: int, dim: int, seqlen: int, dstate: int, groups: int = 1, rows: int | None = None
+) -> dict[str, int]:
+    """How a scan of these sizes is cut into blocks, and the memory it needs, backward for all gradients."""
+    names = ("states", "lanes", "block_channels", "section_blocks", "channel_blocks", "row_groups", "segments")
+    numbers = (ctypes.c_int64 * 9)()
+    sizes = map(ctypes.c_int64, (batch, dim, seqlen, dstate, groups, rows or batch))
+    library().scan_layout(backward, *sizes, numbers)
+    return dict(zip((*names, "blocks", "workspace_floats"), numbers, strict=True))
 
 
 def _accepts(call) -> str | None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 CACHE = ROOT / "build" / "emulated"
 FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=fast")
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+KEPT = 4
+"""States of a library that stay: another process may be about to load the one before."""
 
 
 def compile_library(name: str, sources: list[Path], sanitize: bool = False, options: Sequence[str] = ()) -> Path:
@@ -33,20 +36,21 @@ def compile_library(name: str, sources: list[Path], sanitize: bool = False, opti
         return library
 
     CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.glob(f"{name}-*"):
-        old.unlink()
-    objects = {library.with_suffix(f".{i}.o"): path for i, path in enumerate([EMULATOR / "emulator.cpp", *sources])}
+    # a folder of its own, for another process may be compiling the same
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        objects = {Path(folder, f"{i}.o"): path for i, path in enumerate([EMULATOR / "emulator.cpp", *sources])}
 
-    def compile_source(target: Path) -> subprocess.CompletedProcess:
-        command = [compiler, *flags, "-x", "c++", "-c", objects[target], "-o", target]
-        return subprocess.run(command, capture_output=True, text=True)
+        def compile_source(target: Path) -> subprocess.CompletedProcess:
+            command = [compiler, *flags, "-x", "c++", "-c", objects[target], "-o", target]
+            return subprocess.run(command, capture_output=True, text=True)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(compile_source, objects):
-            assert done.returncode == 0, done.stderr
-    unfinished = library.with_suffix(".new")
-    subprocess.run([compiler, *flags, "-shared", *objects, "-o", unfinished], check=True)
-    for path in objects:
-        path.unlink()
-    unfinished.replace(library)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done in pool.map(compile_source, objects):
+                assert done.returncode == 0, done.stderr
+        unfinished = Path(folder, library.name)
+        subprocess.run([compiler, *flags, "-shared", *objects, "-o", unfinished], check=True)
+        unfinished.replace(library)
+    kept = sorted(CACHE.glob(f"{name}-{'?' * 16}.so"), key=lambda path: path.stat().st_mtime)
+    for old in kept[:-KEPT]:
+        old.unlink(missing_ok=True)
     return library

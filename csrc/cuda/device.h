@@ -86,6 +86,15 @@ __device__ __forceinline__ T& shared_memory() {
 #endif
 }
 
+// The same number, hidden from the compiler: what is computed from it in a loop is not computed before the loop, and takes no
+// registers from all else that the loop does.
+__device__ __forceinline__ uint32_t hidden(uint32_t x) {
+#ifndef SSMTUNE_PLAIN_DEVICE_CODE
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Starts `blocks` blocks of threads in one row.
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,

@@ -17,14 +17,16 @@ constexpr int64_t kManyBlocks = 512, kManyBackwardBlocks = 256, kLeastChunks = 2
 // Groups of rows whose shares of a gradient are kept apart until the end.
 constexpr int64_t kMostRowGroups = 64;
 
-ScanLayout make_layout(const SelectiveScanParams& p, int64_t states, int64_t threads, int64_t most_lanes) {
+ScanLayout make_layout(const SelectiveScanParams& p, int64_t states, int64_t lanes, int64_t most_lanes) {
   ScanLayout layout{};
   layout.states = states;
-  layout.lanes = threads == kScanThreads ? 1 : 4;
+  layout.lanes = lanes;
   while (layout.padded_states() < p.dstate && layout.lanes < most_lanes) layout.lanes *= 2;
   while (layout.padded_states() < p.dstate) layout.states *= 2;
+  const int64_t threads = lanes == 1 ? kScanThreads : backward_threads(layout.states);
   layout.block_channels = threads / layout.lanes;
-  layout.section_blocks = ceil_div(p.dim / p.groups, layout.block_channels);
+  layout.section_channels = p.dim / p.groups;
+  layout.section_blocks = ceil_div(layout.section_channels, layout.block_channels);
   layout.channel_blocks = p.groups * layout.section_blocks;
   layout.row_groups = p.rows;
   layout.segments = 1;
@@ -37,7 +39,7 @@ int64_t choose_segments(const SelectiveScanParams& p, const ScanLayout& layout, 
   return segments < kLeastSegments ? 1 : segments;
 }
 
-ScanLayout forward_layout(const SelectiveScanParams& p) { return make_layout(p, 16, kScanThreads, 16); }
+ScanLayout forward_layout(const SelectiveScanParams& p) { return make_layout(p, 16, 1, 16); }
 
 int64_t segment_floats(const SelectiveScanParams& p, const ScanLayout& layout) {
   return layout.segments > 1 ? p.rows * layout.segments * p.dim * (p.dstate + 1) : 0;
@@ -79,7 +81,7 @@ ScanLayout scan_layout(const SelectiveScanForward& p) {
 }
 
 ScanLayout scan_layout(const SelectiveScanBackward& p) {
-  ScanLayout layout = make_layout(p, 4, kScanBackwardThreads, 32);
+  ScanLayout layout = make_layout(p, 4, 4, 32);
   layout.row_groups = std::min(p.rows, kMostRowGroups);
   layout.segments = choose_segments(p, layout, kManyBackwardBlocks);
   return layout;

@@ -10,8 +10,12 @@ namespace ssmtune::cuda {
 
 // The forward scan keeps one state every kChunk steps of a row; the backward scan recomputes the steps between.
 inline constexpr int64_t kChunk = 32;
-// Threads of a block, forward and backward.
-inline constexpr int kScanThreads = 128, kScanBackwardThreads = 256;
+// Threads of a block, forward and, with so many states in each, backward: what they keep in shared memory grows with both.
+inline constexpr int kScanThreads = 128;
+constexpr int backward_threads(int64_t states) { return states == 4 ? 256 : 128; }
+
+// Of a block, in bytes. GPUs of compute capability 8.0, 9.0 and 10.0 have more, smaller ones (8.6, 8.9, 12.0) less.
+inline constexpr int kMostSharedBytes = 128 << 10;
 
 struct SelectiveScanParams {
   int64_t batch, dim, seqlen, dstate;
@@ -61,9 +65,9 @@ struct SelectiveScanBackward : SelectiveScanParams {
 struct ScanLayout {
   int64_t states, lanes;
   int64_t block_channels;  // of one block of threads
-  int64_t section_blocks;  // blocks for the channels of one group of B and C: no block reaches into the next
+  int64_t section_channels, section_blocks;  // of one group of B and C: no block reaches into the next
   int64_t channel_blocks;  // of all groups
-  int64_t row_groups;      // rows are dealt to this many; backward, each adds up its share of gradients that rows share
+  int64_t row_groups;      // rows are dealt to this many, in turn; backward, each adds up its share of gradients that rows share
   int64_t segments;        // of each row
 
   int64_t padded_states() const { return states * lanes; }

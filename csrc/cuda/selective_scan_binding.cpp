@@ -16,6 +16,7 @@ void fill(SelectiveScanParams& p, const Tensor& u, const Tensor& delta, const Te
   STD_TORCH_CHECK(p.dim % p.groups == 0 && B.dim() == C.dim(), "B and C must share groups that divide dim");
   p.rows = packed.rows;
   p.bounds = packed.bounds();
+  STD_TORCH_CHECK(!p.bounds || p.rows <= p.seqlen, "cu_seqlens names ", p.rows, " sequences, but there are ", p.seqlen, " steps");
   const Shape sequence_shape{p.batch, p.dim, p.seqlen}, state_shape{p.batch, p.dstate, p.seqlen};
   const DType dtype = dtype_of(u, "u");
   p.u = sequence(u, "u", sequence_shape, dtype);

@@ -1,5 +1,6 @@
 // The backward scan. A block goes through the chunks of its rows from the last to the first: from the state before a chunk it
-// finds those before each tile of a few steps, then goes back over the tiles, with all states of one in registers.
+// finds those before each tile of a few steps, then goes back over the tiles: forward once more, with the decays of all steps in
+// registers and the states in shared memory, and from the last step to the first, where adjoints take the place of states.
 #pragma once
 
 #include "cuda/selective_scan_device.h"
@@ -10,43 +11,52 @@ namespace ssmtune::cuda {
 
 template <typename T, int kStates, int kLanes>
 struct BackwardTile {
-  static constexpr int kChannels = kScanBackwardThreads / kLanes, kPadded = kStates * kLanes, kQuads = kStates / 4;
-  static constexpr int kSteps = 32 / kStates;  // of a tile: a thread holds 32 states and as many decays
+  static constexpr int kThreads = backward_threads(kStates), kChannels = kThreads / kLanes;
+  static constexpr int kPadded = kStates * kLanes, kQuads = kStates / 4;
+  static constexpr int kSteps = 32 / kStates;  // of a tile: a thread holds 32 decays
   static constexpr int kTiles = kChunk / kSteps;
   // Lanes of a channel that write results of a tile, and the steps that each does.
   static constexpr int kOwners = kLanes < kSteps ? kLanes : kSteps, kOwned = kSteps / kOwners;
   // Rows are longer than what they hold: so neighbours are in other banks.
   static constexpr int kRow = kChannels + 16 / sizeof(T), kColumn = kChunk + 4;
 
+  // the same for all threads: their registers are for other things
+  BlockWork work;
+  Piece piece;
   alignas(16) T sequences[4][kChunk][kRow];  // u, delta and z, then their gradients; dout
   alignas(16) float dt[kChannels][kColumn];
   alignas(16) float dtu[kChannels][kColumn];
   alignas(16) float g[kChannels][kColumn];
   alignas(16) float B[kChunk][kPadded];
   alignas(16) float C[kChunk][kPadded];
-  float D[kChannels], delta_bias[kChannels], output_offset[kChannels];
+  alignas(16) float parameters[kChannels][4];  // D, delta_bias, output_offset, and 1 where there is a channel
   alignas(16) float channel_sums[kChannels * kOwners][4];  // for dD, ddelta_bias and doutput_offset
+  alignas(16) float offset[kQuads][kThreads][4];
   // The state before each tile. Once a tile is done with, there and in the place after it: sums over some channels of what the
-  // threads add to dC and to dB.
-  alignas(16) float state[kTiles + 1][kQuads][kScanBackwardThreads][4];
-  // What the threads add to a quad of dB or dC, but for a factor.
-  alignas(16) float values[kSteps][kScanBackwardThreads + 4][4];
+  // threads add to dC and to dB. While no tile is worked on, the last three places hold sums over steps: kAdjoint and so on.
+  alignas(16) float state[kTiles + 1][kQuads][kThreads][4];
+  static constexpr int kAdjoint = kTiles - 2, kStateOffset = kTiles - 1, kA = kTiles;
+  // The states after each step of a tile, then the adjoints: what the threads add to dC and dB, but for a factor.
+  alignas(16) float values[kSteps][kQuads][kThreads + 4][4];
 };
 
-// Adds x[t] up over the lanes of a channel, in pairs as soon as the steps from t on are there, the last step first; t is a
-// constant to the compiler. Once t = 0 is done, lane p has in x[k * kLanes] the sum of step p % kSteps + k * kLanes.
-template <int kLanes, int kSteps>
-__device__ __forceinline__ void sum_over_lanes(float (&x)[kSteps], int t, int lane) {
+// Adds x[t] up over the lanes of a channel, in pairs as soon as both are there: the steps come in their order or, kReverse, the
+// last one first, each a constant to the compiler. When all have come, owner p has in x[k] the sum of step p * kOwned + k.
+template <typename Tile, int kLanes, bool kReverse>
+__device__ __forceinline__ void sum_over_lanes(float (&x)[Tile::kSteps], int t, int lane) {
 #pragma unroll
   for (int bit = 1; bit < kLanes; bit *= 2) {
-    if (bit >= kSteps) {
-      if (t == 0) x[0] += __shfl_xor_sync(kAllLanes, x[0], bit);
-    } else if (t % (2 * bit) == 0) {
-      const float low = x[t], high = x[t + bit], kept = lane & bit ? high : low;
-      // the other of the two
-      const float given = __uint_as_float(__float_as_uint(low) ^ __float_as_uint(high) ^ __float_as_uint(kept));
-      x[t] = kept + __shfl_xor_sync(kAllLanes, given, bit);
+    const int apart = Tile::kOwned * bit;
+    if (apart >= Tile::kSteps) {
+      x[0] += __shfl_xor_sync(kAllLanes, x[0], bit);
+      continue;
     }
+    if (t / apart % 2 != (kReverse ? 0 : 1)) return;
+    t = kReverse ? t : t - apart;
+    const float low = x[t], high = x[t + apart], kept = lane & bit ? high : low;
+    // the other of the two
+    const float given = __uint_as_float(__float_as_uint(low) ^ __float_as_uint(high) ^ __float_as_uint(kept));
+    x[t] = kept + __shfl_xor_sync(kAllLanes, given, bit);
   }
 }
 
@@ -57,67 +67,80 @@ __device__ __forceinline__ float sum_over_lanes(float x) {
   return x;
 }
 
-// Adds up over some channels factor[channel][step] * value(step, i), for each step of a tile and the states i of a thread.
-template <bool kFirst, typename Tile, int kLanes, typename Value>
-__device__ __forceinline__ void sum_over_channels(Tile& tile, float (*sums)[kScanBackwardThreads][4],
-                                                  const float (*factor)[Tile::kColumn], int first, const Value& value) {
-  constexpr int kSteps = Tile::kSteps, kColumns = kSteps * kLanes;
-  const int thread = threadIdx.x, split = thread / kColumns, t = thread % kColumns / kLanes, lane = thread % kLanes;
-  // the channels that a thread adds up are those of its warp, or not
-  const auto meet = [] {
-    if constexpr (kColumns <= 32) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  };
-#pragma unroll
-  for (int k = 0; k < Tile::kQuads; ++k) {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      set_quad(tile.values[s][thread],
-               make_float4(value(s, 4 * k), value(s, 4 * k + 1), value(s, 4 * k + 2), value(s, 4 * k + 3)));
-    }
-    // the sums of the tile before have been read
-    if constexpr (kFirst) {
-      __syncthreads();
-    } else {
-      meet();
-    }
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int c = 0; c < kSteps; ++c) {
-      const float4 x = quad(tile.values[t][split * kColumns + c * kLanes + lane]);
-      const float f = factor[split * kSteps + c][first + t];
-      sum.x = fmaf(f, x.x, sum.x), sum.y = fmaf(f, x.y, sum.y), sum.z = fmaf(f, x.z, sum.z), sum.w = fmaf(f, x.w, sum.w);
-    }
-    set_quad(sums[k][thread], sum);
-    meet();
+// Waits until all threads that read or write values of the same channels have come: those of a warp, or all.
+template <typename Tile, int kLanes>
+__device__ __forceinline__ void meet_over_channels() {
+  if constexpr (Tile::kSteps * kLanes <= 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
   }
 }
 
-// Where a block leaves its share. One of a gradient that rows share is that of a group of rows and a segment, `part`; one of a
-// gradient with a row for each is that of a segment.
-__device__ __forceinline__ float* share(const GradientShares& shares, int64_t part, int64_t segment, int64_t row) {
-  const int64_t number = shares.count == 1 ? 0 : shares.row_stride ? segment : part;
+// Adds up over some channels factor[channel][step] * values, for each step of a tile; to the values are added offsets, kOffset.
+template <typename Tile, int kLanes, bool kOffset>
+__device__ __forceinline__ void sum_over_channels(Tile& tile, float (*sums)[Tile::kThreads][4],
+                                                  const float (*factor)[Tile::kColumn], int first) {
+  constexpr int kColumns = Tile::kSteps * kLanes;
+  const int thread = threadIdx.x, split = thread / kColumns, t = thread % kColumns / kLanes, lane = thread % kLanes;
+#pragma unroll
+  for (int k = 0; k < Tile::kQuads; ++k) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int c = 0; c < Tile::kSteps; ++c) {
+      const int source = split * kColumns + c * kLanes + lane;
+      float4 x = quad(tile.values[t][k][source]);
+      if constexpr (kOffset) {
+        const float4 offset = quad(tile.offset[k][source]);
+        x.x += offset.x, x.y += offset.y, x.z += offset.z, x.w += offset.w;
+      }
+      const float f = factor[split * Tile::kSteps + c][first + t];
+      sum.x = fmaf(f, x.x, sum.x), sum.y = fmaf(f, x.y, sum.y), sum.z = fmaf(f, x.z, sum.z), sum.w = fmaf(f, x.w, sum.w);
+    }
+    set_quad(sums[k][thread], sum);
+  }
+}
+
+// Where a block leaves its share. One of a gradient that rows share is that of a group of rows and one of so many segments; one
+// of a gradient with a row for each is that of a segment.
+__device__ __forceinline__ float* share(const GradientShares& shares, const BlockWork& work, int64_t segments, int64_t row) {
+  const int64_t segment = segments > 1 ? work.segment : 0;
+  const int64_t number = shares.count == 1 ? 0 : shares.row_stride ? segment : work.row_group * segments + segment;
   return shares.data + number * shares.size + row * shares.row_stride;
 }
 
+// Blocks that the shared memory of an SM has room for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <typename T>
+constexpr int backward_blocks(int) {
+  return 1;
+}
+#else
+template <typename T>
+constexpr int backward_blocks(int states) {
+  return states == 4 && sizeof(T) == 2 ? 2 : 1;
+}
+#endif
+
 template <typename T, int kStates, int kLanes, bool kOffset>
-__global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
+__global__ void __launch_bounds__(backward_threads(kStates), backward_blocks<T>(kStates))
     selective_scan_bwd_kernel(const SelectiveScanBackward p, const ScanLayout layout, const SegmentStates segments,
                               const BackwardWorkspace w, const __grid_constant__ SequenceTensors<4> inputs,
                               const __grid_constant__ SequenceTensors<3> outputs) {
   using Tile = BackwardTile<T, kStates, kLanes>;
-  constexpr int kThreads = kScanBackwardThreads, kSteps = Tile::kSteps, kQuads = Tile::kQuads, kRow = Tile::kRow;
+  constexpr int kThreads = Tile::kThreads, kSteps = Tile::kSteps, kQuads = Tile::kQuads, kRow = Tile::kRow;
+  // Steps whose decays are computed again: as many as leave the registers for the rest.
+  constexpr int kComputedTwice = kStates > 4 ? 0 : kLanes > 4 ? 4 : kOffset;
   Tile& tile = shared_memory<Tile>();
-  const BlockWork work(p, layout);
-  const int thread = threadIdx.x, slot = thread / kLanes;
-  const OwnStates<kStates, kLanes> own{thread % kLanes, static_cast<int>(p.dstate)};
-  const bool valid = slot < work.channels;
-  const int64_t channel = work.channel + slot, part = work.row_group * layout.segments + work.segment;
+  if (threadIdx.x == 0) tile.work = BlockWork(p, layout);
+  __syncthreads();
+  const BlockWork& work = tile.work;
+  const int thread = threadIdx.x, slot = threadIdx.x / kLanes;
+  const OwnStates<kStates, kLanes> own{static_cast<int>(threadIdx.x % kLanes), static_cast<int>(p.dstate)};
+  const auto valid = [&] { return slot < work.channels; };
+  const auto channel = [&] { return work.channel + slot; };
   const auto matrix = [&](const float* data, int64_t row_offset) {
-    return data && valid ? data + row_offset + channel * p.dstate : nullptr;
+    return data && valid() ? data + row_offset + channel() * p.dstate : nullptr;
   };
 
   float A[kStates];
@@ -126,66 +149,82 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
   for (int i = 0; i < kStates; ++i) A[i] *= kLog2e;
   const bool has_z = p.z.data, wants_dBC = w.dBC, delta_softplus = p.delta_softplus;
   if (own.lane == 0) {
-    tile.D[slot] = p.D && valid ? p.D[channel] : 0.0f;
-    tile.delta_bias[slot] = p.delta_bias && valid ? p.delta_bias[channel] : 0.0f;
+    tile.parameters[slot][0] = p.D && valid() ? p.D[channel()] : 0.0f;
+    tile.parameters[slot][1] = p.delta_bias && valid() ? p.delta_bias[channel()] : 0.0f;
+    tile.parameters[slot][3] = valid() ? 1.0f : 0.0f;
   }
-  float dA[kStates] = {}, dstate_offset[kOffset ? kStates : 1] = {};
+  const float zeros[kStates] = {};
+  store_quads<kQuads>(tile.state[Tile::kA], thread, zeros);
+  store_quads<kQuads>(tile.state[Tile::kStateOffset], thread, zeros);
   const bool owner = kLanes == Tile::kOwners || own.lane < Tile::kOwners;
-  const int owned = kLanes == Tile::kOwners ? thread : slot * Tile::kOwners + own.lane;
-  if (owner) set_quad(tile.channel_sums[owned], make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+  const auto owned = [](int thread) {
+    return kLanes == Tile::kOwners ? thread : thread / kLanes * Tile::kOwners + thread % kLanes;
+  };
+  if (owner) set_quad(tile.channel_sums[owned(thread)], make_float4(0.0f, 0.0f, 0.0f, 0.0f));
 
-  const auto write_matrix = [&](const GradientShares& shares, int64_t part, int64_t row, float(&x)[kStates]) {
-    if (shares.target && valid) own.store(share(shares, part, work.segment, row) + channel * p.dstate, x);
-#pragma unroll
-    for (int i = 0; i < kStates; ++i) x[i] = 0.0f;
+  const auto write_matrix = [&](const GradientShares& shares, int64_t segments, int64_t row, int place) {
+    float x[kStates];
+    load_quads<kQuads>(tile.state[place], thread, x);
+    if (shares.target && valid()) own.store(share(shares, work, segments, row) + channel() * p.dstate, x);
+    store_quads<kQuads>(tile.state[place], thread, zeros);
   };
   const auto write_vector = [&](const GradientShares& shares, int64_t row, int number) {
-    const float sum = sum_over_lanes<kLanes>(owner ? tile.channel_sums[owned][number] : 0.0f);
-    if (shares.target && valid && own.lane == 0) share(shares, part, work.segment, row)[channel] = sum;
-    if (owner) tile.channel_sums[owned][number] = 0.0f;
+    float* const sums = tile.channel_sums[owned(hidden(thread))];
+    const float sum = sum_over_lanes<kLanes>(owner ? sums[number] : 0.0f);
+    if (shares.target && valid() && own.lane == 0) share(shares, work, layout.segments, row)[channel()] = sum;
+    if (owner) sums[number] = 0.0f;
   };
-  if (!p.dout.data) {
-    T* const dout = tile.sequences[3][0];
-    for (int i = thread; i < static_cast<int>(kChunk) * kRow; i += kThreads) dout[i] = from_float<T>(0.0f);
-  }
-
-  const int64_t first_row = p.rows * work.row_group / layout.row_groups;
-  const int64_t end_row = p.rows * (work.row_group + 1) / layout.row_groups;
-  for (int64_t row = first_row; row < end_row; ++row) {
-    const Piece piece(p, row, work.segment, layout.segments);
-    float carry[kStates], offset[kOffset ? kStates : 1];
+  const Piece& piece = tile.piece;
+  for (int64_t next = work.row_group; next < p.rows; next = piece.row + layout.row_groups) {
+    __syncthreads();
+    if (thread == 0) tile.piece = Piece(p, next, work.segment, layout.segments);
+    __syncthreads();
+    float adjoint[kStates];
     if (layout.segments > 1) {
-      own.load(valid ? segments.state(p, layout, row, work.segment, channel) : nullptr, carry);
+      own.load(valid() ? segments.state(p, layout, piece.row, work.segment, channel()) : nullptr, adjoint);
     } else {
-      own.load(matrix(p.dlast_state, row * p.dim * p.dstate), carry);
+      own.load(matrix(p.dlast_state, piece.row * p.dim * p.dstate), adjoint);
     }
-    if constexpr (kOffset) own.load(matrix(p.state_offset.data, row * p.state_offset.batch_stride), offset);
+    store_quads<kQuads>(tile.state[Tile::kAdjoint], thread, adjoint);
+    if constexpr (kOffset) {
+      float offset[kStates];
+      own.load(matrix(p.state_offset.data, piece.row * p.state_offset.batch_stride), offset);
+      store_quads<kQuads>(tile.offset, thread, offset);
+    }
     if (own.lane == 0) {
-      tile.output_offset[slot] =
-          p.output_offset.data && valid ? p.output_offset.data[row * p.output_offset.batch_stride + channel] : 0.0f;
+      tile.parameters[slot][2] =
+          p.output_offset.data && valid() ? p.output_offset.data[piece.row * p.output_offset.batch_stride + channel()] : 0.0f;
     }
 
-    const int64_t chunks = (piece.end - piece.begin + kChunk - 1) / kChunk;
-    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-      const int64_t time = piece.begin + chunk * kChunk;
-      const int steps = static_cast<int>(min(kChunk, piece.end - time));
-      TileCopy<T, kThreads, 4, Tile::kChannels, kRow>(inputs, piece.batch, work.channel, work.channels)
-          .read(tile.sequences[0][0], time, steps);
-      StatesCopy<T, kThreads, Tile::kPadded>(p.B, p.C, work.section, piece.batch, p.dstate).read(tile.B[0], tile.C[0], time, steps);
+    for (uint32_t chunk = piece.chunks(); chunk-- > 0;) {
+      const auto time = [&] { return piece.begin + hidden(chunk) * kChunk; };
+      const int steps = hidden(static_cast<uint32_t>(min(kChunk, piece.end - time())));
+      // what is not read is zero, and stays finite
+      if (steps < kChunk || work.channels < Tile::kChannels || !p.dout.data) {
+        for (int i = hidden(threadIdx.x); i < static_cast<int>(sizeof(tile.sequences) / 16); i += kThreads) {
+          set_quad(reinterpret_cast<float*>(tile.sequences) + 4 * i, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        }
+        __syncthreads();
+      }
+      TileCopy<T, kThreads, 4, Tile::kChannels, kRow>(hidden(threadIdx.x), inputs, piece.batch, work.channel, work.channels)
+          .read(tile.sequences[0][0], time(), steps);
+      StatesCopy<T, kThreads, Tile::kPadded>(hidden(threadIdx.x), p.B, p.C, work.section, piece.batch, p.dstate)
+          .read(tile.B[0], tile.C[0], time(), steps);
       float h[kStates];
-      if (time == piece.row_begin) {
-        own.load(matrix(p.initial_state.data, row * p.initial_state.batch_stride), h);
+      if (time() == piece.row_begin) {
+        own.load(matrix(p.initial_state.data, piece.row * p.initial_state.batch_stride), h);
       } else {
-        own.load(matrix(p.chunk_states, (piece.chunk(time) - 1) * p.dim * p.dstate), h);
+        own.load(matrix(p.chunk_states, (piece.chunk(time()) - 1) * p.dim * p.dstate), h);
       }
       __syncthreads();
 
-      // What depends on the step and the channel alone; zero past the last of them, which makes such steps change nothing.
-      for (int i = thread; i < Tile::kChannels * static_cast<int>(kChunk) / 4; i += kThreads) {
-        const int c = i % Tile::kChannels, first = i / Tile::kChannels * 4;
+      // What depends on the step and the channel alone; zero past the last step, which makes such steps change nothing.
+      const unsigned reader = hidden(threadIdx.x), c = reader % Tile::kChannels;
+#pragma unroll 1
+      for (int first = reader / Tile::kChannels * 4; first < kChunk; first += kThreads / Tile::kChannels * 4) {
         float dt[4], dtu[4], g[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) dt[k] = to_float(tile.sequences[1][first + k][c]) + tile.delta_bias[c];
+        for (int k = 0; k < 4; ++k) dt[k] = to_float(tile.sequences[1][first + k][c]) + tile.parameters[c][1];
         if (delta_softplus) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) dt[k] = softplus(dt[k]);
@@ -201,10 +240,8 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const bool inside = c < work.channels && first + k < steps;
-          dt[k] = inside ? dt[k] : 0.0f;
-          dtu[k] = inside ? dt[k] * to_float(tile.sequences[0][first + k][c]) : 0.0f;
-          g[k] = inside ? g[k] : 0.0f;
+          dt[k] = first + k < steps ? dt[k] : 0.0f;
+          dtu[k] = dt[k] * to_float(tile.sequences[0][first + k][c]);
         }
         set_quad(&tile.dt[c][first], make_float4(dt[0], dt[1], dt[2], dt[3]));
         set_quad(&tile.dtu[c][first], make_float4(dtu[0], dtu[1], dtu[2], dtu[3]));
@@ -212,12 +249,13 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
       }
       __syncthreads();
 
+      float carry[kStates], dA[kStates], dstate_offset[kStates] = {};
+      load_quads<kQuads>(tile.state[Tile::kAdjoint], thread, carry);
+      load_quads<kQuads>(tile.state[Tile::kA], thread, dA);
+      if constexpr (kOffset) load_quads<kQuads>(tile.state[Tile::kStateOffset], thread, dstate_offset);
       const int tiles = (steps + kSteps - 1) / kSteps;
       for (int s = 0;; ++s) {
-#pragma unroll
-        for (int k = 0; k < kQuads; ++k) {
-          set_quad(tile.state[s][k][thread], make_float4(h[4 * k], h[4 * k + 1], h[4 * k + 2], h[4 * k + 3]));
-        }
+        store_quads<kQuads>(tile.state[s], thread, h);
         if (s == tiles - 1) break;
 #pragma unroll
         for (int t4 = 0; t4 < kSteps; t4 += 4) {
@@ -241,20 +279,16 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
       }
 
       for (int s = tiles - 1; s >= 0; --s) {
-        // the states before each step and after the last, and the decays
-        float h[kSteps + 1][kStates], a[kSteps][kStates], y[kSteps] = {};
+        float before[kStates], h[kStates], offset[kStates] = {}, a[kSteps][kStates], y[kSteps] = {};
+        load_quads<kQuads>(tile.state[s], thread, before);
+        if constexpr (kOffset) load_quads<kQuads>(tile.offset, thread, offset);
 #pragma unroll
-        for (int k = 0; k < kQuads; ++k) {
-          const float4 x = quad(tile.state[s][k][thread]);
-          h[0][4 * k] = x.x, h[0][4 * k + 1] = x.y, h[0][4 * k + 2] = x.z, h[0][4 * k + 3] = x.w;
-        }
+        for (int i = 0; i < kStates; ++i) h[i] = before[i];
 #pragma unroll
         for (int t4 = 0; t4 < kSteps; t4 += 4) {
           const int first = s * kSteps + t4;
           const float4 dt4 = quad(&tile.dt[slot][first]), dtu4 = quad(&tile.dtu[slot][first]);
-          const float4 g4 = kOffset ? quad(&tile.g[slot][first]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
           const float dt[4] = {dt4.x, dt4.y, dt4.z, dt4.w}, dtu[4] = {dtu4.x, dtu4.y, dtu4.z, dtu4.w};
-          const float g[4] = {g4.x, g4.y, g4.z, g4.w};
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             const int t = t4 + q;
@@ -266,22 +300,22 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
               for (int j = 0; j < 4; ++j) {
                 const int i = 4 * k + j;
                 a[t][i] = exp2_fast(dt[q] * A[i]);
-                h[t + 1][i] = fmaf(a[t][i], h[t][i], dtu[q] * b[j]);
-                y[t] = fmaf(kOffset ? h[t + 1][i] + offset[i] : h[t + 1][i], c[j], y[t]);
-                if constexpr (kOffset) dstate_offset[i] = fmaf(g[q], c[j], dstate_offset[i]);
+                h[i] = fmaf(a[t][i], h[i], dtu[q] * b[j]);
+                y[t] = fmaf(kOffset ? h[i] + offset[i] : h[i], c[j], y[t]);
               }
             }
+            store_quads<kQuads>(tile.values[t], thread, h);
+            sum_over_lanes<Tile, kLanes, false>(y, t, own.lane);
           }
         }
-#pragma unroll
-        for (int t = kSteps - 1; t >= 0; --t) sum_over_lanes<kLanes>(y, t, own.lane);
         if (wants_dBC) {
-          sum_over_channels<true, Tile, kLanes>(tile, tile.state[s], tile.g, s * kSteps, [&](int t, int i) {
-            return kOffset ? h[t + 1][i] + offset[i] : h[t + 1][i];
-          });
+          // the sums of the tile before have been read, too
+          __syncthreads();
+          sum_over_channels<Tile, kLanes, kOffset>(tile, tile.state[s], tile.g, s * kSteps);
+          meet_over_channels<Tile, kLanes>();
         }
 
-        // the adjoint, G, last step first; it takes the place of a
+        // the adjoint, G, last step first; it takes the place of the state
         float sum_input[kSteps] = {}, sum_decay[kSteps] = {};
 #pragma unroll
         for (int t4 = kSteps - 4; t4 >= 0; t4 -= 4) {
@@ -292,6 +326,8 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
 #pragma unroll
           for (int q = 3; q >= 0; --q) {
             const int t = t4 + q;
+            float adjoint[kStates];
+            if (t > 0) load_quads<kQuads>(tile.values[t - 1], thread, h);
 #pragma unroll
             for (int k = 0; k < kQuads; ++k) {
               const float4 B = quad(tile.B[first + q] + own.first(k)), C = quad(tile.C[first + q] + own.first(k));
@@ -299,52 +335,59 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
                 const int i = 4 * k + j;
-                const float adjoint = fmaf(g[q], c[j], carry[i]);
-                sum_input[t] = fmaf(adjoint, b[j], sum_input[t]);
-                carry[i] = adjoint * a[t][i];
-                const float decayed = carry[i] * h[t][i];
+                adjoint[i] = fmaf(g[q], c[j], carry[i]);
+                sum_input[t] = fmaf(adjoint[i], b[j], sum_input[t]);
+                carry[i] = adjoint[i] * (t < kComputedTwice ? exp2_fast(dt[q] * A[i]) : a[t][i]);
+                const float decayed = carry[i] * (t > 0 ? h[i] : before[i]);
                 sum_decay[t] = fmaf(decayed, A[i], sum_decay[t]);
                 dA[i] = fmaf(decayed, dt[q], dA[i]);
-                a[t][i] = adjoint;
+                if constexpr (kOffset) dstate_offset[i] = fmaf(g[q], c[j], dstate_offset[i]);
               }
             }
-            sum_over_lanes<kLanes>(sum_input, t, own.lane);
-            sum_over_lanes<kLanes>(sum_decay, t, own.lane);
+            store_quads<kQuads>(tile.values[t], thread, adjoint);
+            sum_over_lanes<Tile, kLanes, true>(sum_input, t, own.lane);
+            sum_over_lanes<Tile, kLanes, true>(sum_decay, t, own.lane);
           }
         }
+        // here, and not after the loop, where the compiler would put the sums off, and keep all that goes into them
+        if (s == 0) {
+          store_quads<kQuads>(tile.state[Tile::kAdjoint], thread, carry);
+          store_quads<kQuads>(tile.state[Tile::kA], thread, dA);
+          if constexpr (kOffset) store_quads<kQuads>(tile.state[Tile::kStateOffset], thread, dstate_offset);
+        }
         if (wants_dBC) {
-          sum_over_channels<false, Tile, kLanes>(tile, tile.state[s + 1], tile.dtu, s * kSteps,
-                                                 [&](int t, int i) { return a[t][i]; });
+          meet_over_channels<Tile, kLanes>();
+          sum_over_channels<Tile, kLanes, false>(tile, tile.state[s + 1], tile.dtu, s * kSteps);
         }
 
         if (owner) {
-          float4 channel_sums = quad(tile.channel_sums[owned]);
+          const float4 parameters = quad(tile.parameters[slot]);
+          const float D = parameters.x;
+          float4 channel_sums = quad(tile.channel_sums[owned(thread)]);
 #pragma unroll
           for (int k = 0; k < Tile::kOwned; ++k) {
-            const int t = s * kSteps + own.lane + k * kLanes;
-            if (!valid || t >= steps) continue;
-            const float D = tile.D[slot], u = to_float(tile.sequences[0][t][slot]), dt = tile.dt[slot][t], g = tile.g[slot][t];
-            const float slope = delta_softplus ? sigmoid(to_float(tile.sequences[1][t][slot]) + tile.delta_bias[slot]) : 1.0f;
-            const float ddelta = fmaf(u, sum_input[k * kLanes], sum_decay[k * kLanes] * kLn2) * slope;
-            tile.sequences[0][t][slot] = from_float<T>(fmaf(dt, sum_input[k * kLanes], D * g));
+            const int t = s * kSteps + own.lane * Tile::kOwned + k;
+            const float u = to_float(tile.sequences[0][t][slot]), dt = tile.dt[slot][t], g = tile.g[slot][t];
+            float ddelta = t < steps ? fmaf(u, sum_input[k], sum_decay[k] * kLn2) : 0.0f;
+            if (delta_softplus) ddelta *= sigmoid(to_float(tile.sequences[1][t][slot]) + parameters.y);
+            tile.sequences[0][t][slot] = from_float<T>(fmaf(dt, sum_input[k], D * g));
             tile.sequences[1][t][slot] = from_float<T>(ddelta);
             if (has_z) {
               const float z = to_float(tile.sequences[2][t][slot]), gate = sigmoid(z);
               const float slope_of_gate = to_float(tile.sequences[3][t][slot]) * gate * fmaf(z, 1.0f - gate, 1.0f);
-              const float output = y[k * kLanes] + fmaf(D, u, tile.output_offset[slot]);
-              tile.sequences[2][t][slot] = from_float<T>(slope_of_gate * output);
+              tile.sequences[2][t][slot] = from_float<T>(slope_of_gate * (y[k] + fmaf(D, u, parameters.z)));
             }
             channel_sums.x = fmaf(g, u, channel_sums.x);
             channel_sums.y += ddelta;
             channel_sums.z += g;
           }
-          set_quad(tile.channel_sums[owned], channel_sums);
+          set_quad(tile.channel_sums[owned(thread)], channel_sums);
         }
 
         if (wants_dBC) {
           __syncthreads();
           constexpr int kColumns = kSteps * kLanes;
-          for (int i = thread; i < 2 * kQuads * kColumns; i += kThreads) {
+          for (int i = hidden(threadIdx.x); i < 2 * kQuads * kColumns; i += kThreads) {
             const int which = i / (kQuads * kColumns), k = i / kColumns % kQuads, column = i % kColumns;
             const auto* const sums = tile.state[s + 1 - which][k];
             float4 sum = quad(sums[column]);
@@ -354,88 +397,53 @@ __global__ void __launch_bounds__(kScanBackwardThreads, kStates == 4 ? 2 : 1)
             }
             const int t = s * kSteps + column / kLanes;
             if (t >= steps) continue;
-            const int64_t step = (piece.batch * layout.channel_blocks + work.channel_block) * p.seqlen + time + t;
+            const int64_t step = (piece.batch * layout.channel_blocks + work.channel_block) * p.seqlen + time() + t;
             set_quad(w.dBC + (step * 2 + which) * Tile::kPadded + 4 * (k * kLanes + column % kLanes), sum);
           }
         }
       }
       __syncthreads();
-      TileCopy<T, kThreads, 3, Tile::kChannels, kRow>(outputs, piece.batch, work.channel, work.channels)
-          .write(tile.sequences[0][0], time, steps);
+      TileCopy<T, kThreads, 3, Tile::kChannels, kRow>(hidden(threadIdx.x), outputs, piece.batch, work.channel, work.channels)
+          .write(tile.sequences[0][0], time(), steps);
       __syncthreads();
     }
 
     if (work.segment == 0) {
-      if (w.dinitial_state.target && !w.dinitial_state.row_stride && row != first_row) {
+      if (w.dinitial_state.target && !w.dinitial_state.row_stride && piece.row != work.row_group) {
         float sum[kStates];
-        own.load(matrix(share(w.dinitial_state, work.row_group, 0, row), 0), sum);
+        own.load(matrix(share(w.dinitial_state, work, 1, piece.row), 0), sum);
+        load_quads<kQuads>(tile.state[Tile::kAdjoint], thread, adjoint);
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) carry[i] += sum[i];
+        for (int i = 0; i < kStates; ++i) adjoint[i] += sum[i];
+        store_quads<kQuads>(tile.state[Tile::kAdjoint], thread, adjoint);
       }
-      write_matrix(w.dinitial_state, work.row_group, row, carry);
+      write_matrix(w.dinitial_state, 1, piece.row, Tile::kAdjoint);
     }
-    if constexpr (kOffset) {
-      if (w.dstate_offset.row_stride) write_matrix(w.dstate_offset, 0, row, dstate_offset);
-    }
-    if (w.doutput_offset.row_stride) write_vector(w.doutput_offset, row, 2);
+    if (kOffset && w.dstate_offset.row_stride) write_matrix(w.dstate_offset, layout.segments, piece.row, Tile::kStateOffset);
+    if (w.doutput_offset.row_stride) write_vector(w.doutput_offset, piece.row, 2);
   }
 
-  write_matrix(w.dA, part, 0, dA);
+  write_matrix(w.dA, layout.segments, 0, Tile::kA);
   write_vector(w.dD, 0, 0);
   write_vector(w.ddelta_bias, 0, 1);
-  if constexpr (kOffset) {
-    if (!w.dstate_offset.row_stride) write_matrix(w.dstate_offset, part, 0, dstate_offset);
-  }
+  if (kOffset && !w.dstate_offset.row_stride) write_matrix(w.dstate_offset, layout.segments, 0, Tile::kStateOffset);
   if (!w.doutput_offset.row_stride) write_vector(w.doutput_offset, 0, 2);
 }
 
-// Adds up the shares of a gradient in their order.
-inline __global__ void __launch_bounds__(kScanThreads) sum_shares_kernel(const GradientShares shares) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
-  if (i >= shares.size) return;
-  float sum = 0.0f;
-  for (int64_t share = 0; share < shares.count; ++share) sum += shares.data[share * shares.size + i];
-  shares.target[i] = sum;
-}
-
-// The same for dB and dC: over the blocks of channels of each section.
-inline __global__ void __launch_bounds__(kScanThreads)
-    sum_state_gradients_kernel(const SelectiveScanBackward p, const ScanLayout layout, const float* dBC) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
-  if (i >= p.batch * p.groups * p.seqlen * p.dstate) return;
-  const int64_t n = i % p.dstate, t = i / p.dstate % p.seqlen, section = i / p.dstate / p.seqlen;
-  const int64_t padded = layout.states * layout.lanes;
-  const float* share = dBC + (section * layout.section_blocks * p.seqlen + t) * 2 * padded + n;
-  float dB = 0.0f, dC = 0.0f;
-  for (int64_t block = 0; block < layout.section_blocks; ++block, share += p.seqlen * 2 * padded) {
-    dB += share[0];
-    dC += share[padded];
-  }
-  if (p.dB) p.dB[i] = dB;
-  if (p.dC) p.dC[i] = dC;
-}
-
-inline cudaError_t sum_shares(const GradientShares& shares, void* stream) {
-  if (shares.count < 2) return cudaSuccess;
-  return launch(sum_shares_kernel, (shares.size + kScanThreads - 1) / kScanThreads, kScanThreads, 0, stream, shares);
-}
-
 template <typename T, int kStates, int kLanes>
-cudaError_t run_backward_kernel(const SelectiveScanBackward& p, const ScanLayout& layout, const SegmentStates& segments,
+int run_backward_kernel(const SelectiveScanBackward& p, const ScanLayout& layout, const SegmentStates& segments,
                                 const BackwardWorkspace& w, void* stream) {
+  static_assert(sizeof(BackwardTile<T, kStates, kLanes>) <= kMostSharedBytes);
   const auto kernel = p.state_offset.data ? selective_scan_bwd_kernel<T, kStates, kLanes, true>
                                           : selective_scan_bwd_kernel<T, kStates, kLanes, false>;
-  cudaError_t error = launch(kernel, layout.blocks(), kScanBackwardThreads, sizeof(BackwardTile<T, kStates, kLanes>), stream, p,
+  int error = launch(kernel, layout.blocks(), backward_threads(kStates), sizeof(BackwardTile<T, kStates, kLanes>), stream, p,
                              layout, segments, w, SequenceTensors<4>{p.u, p.delta, p.z, p.dout},
                              SequenceTensors<3>{p.du, p.ddelta, p.dz});
   for (const GradientShares* shares :
        {&w.dA, &w.dD, &w.ddelta_bias, &w.dinitial_state, &w.dstate_offset, &w.doutput_offset}) {
     if (error == cudaSuccess) error = sum_shares(*shares, stream);
   }
-  if (error != cudaSuccess || !w.dBC) return error;
-  const int64_t threads = p.batch * p.groups * p.seqlen * p.dstate;
-  return launch(sum_state_gradients_kernel, (threads + kScanThreads - 1) / kScanThreads, kScanThreads, 0, stream, p, layout,
-                static_cast<const float*>(w.dBC));
+  return error == cudaSuccess && w.dBC ? sum_state_gradients(p, layout, w.dBC, stream) : error;
 }
 
 }  // namespace ssmtune::cuda

@@ -7,20 +7,32 @@
 
 namespace ssmtune::cuda {
 
+// Of numbers below 2^32: a division of 64 bits is a call, for which a kernel sets registers aside.
+__device__ __forceinline__ int64_t divide(int64_t x, int64_t y) { return static_cast<uint32_t>(x) / static_cast<uint32_t>(y); }
+__device__ __forceinline__ int64_t remainder(int64_t x, int64_t y) { return static_cast<uint32_t>(x) % static_cast<uint32_t>(y); }
+
 // The steps [begin, end) of one row: all of them, or a segment.
 struct Piece {
-  int64_t batch, row_begin, row_end, begin, end;
+  int64_t row, batch, row_begin, row_end, begin, end;
   int64_t first_chunk;  // where the row's chunks are kept
 
-  __device__ Piece(const SelectiveScanParams& p, int64_t row, int64_t segment, int64_t segments) {
+  __device__ Piece(const SelectiveScanParams& p, int64_t row, int64_t segment, int64_t segments) : row(row) {
     batch = p.bounds ? 0 : row;
-    row_begin = p.bounds ? p.bounds[row] : 0;
-    row_end = p.bounds ? p.bounds[row + 1] : p.seqlen;
+    row_begin = 0;
+    row_end = p.seqlen;
+    if (p.bounds) {
+      // nobody has read these values before: whatever is wrong with them, every sequence has a step, and leaves one to each of
+      // the others
+      const int64_t others = p.rows - 1 - row;
+      row_begin = min(max(p.bounds[row], row), p.seqlen - others - 1);
+      row_end = min(max(p.bounds[row + 1], row_begin + 1), p.seqlen - others);
+    }
     first_chunk = p.bounds ? (row_begin - row) / kChunk : row * ((p.seqlen - 1) / kChunk);
-    const int64_t chunks = (row_end - row_begin + kChunk - 1) / kChunk, each = (chunks + segments - 1) / segments;
+    const int64_t chunks = (row_end - row_begin + kChunk - 1) / kChunk, each = divide(chunks + segments - 1, segments);
     begin = min(row_begin + segment * each * kChunk, row_end);
     end = min(begin + each * kChunk, row_end);
   }
+  __device__ uint32_t chunks() const { return static_cast<uint32_t>((end - begin + kChunk - 1) / kChunk); }
   // Where the state after the chunk that begins at `time` is kept.
   __device__ int64_t chunk(int64_t time) const { return first_chunk + (time - row_begin) / kChunk; }
 };
@@ -32,14 +44,14 @@ struct BlockWork {
   int channels;
 
   __device__ BlockWork(const SelectiveScanParams& p, const ScanLayout& layout) {
-    const int64_t block = blockIdx.x, section_size = p.dim / p.groups;
-    channel_block = block % layout.channel_blocks;
-    row_group = block / layout.channel_blocks % layout.row_groups;
-    segment = block / layout.channel_blocks / layout.row_groups;
-    section = channel_block / layout.section_blocks;
-    const int64_t first = channel_block % layout.section_blocks * layout.block_channels;
-    channel = section * section_size + first;
-    channels = static_cast<int>(min(layout.block_channels, section_size - first));
+    const int64_t others = divide(blockIdx.x, layout.channel_blocks);
+    channel_block = remainder(blockIdx.x, layout.channel_blocks);
+    row_group = remainder(others, layout.row_groups);
+    segment = divide(others, layout.row_groups);
+    section = divide(channel_block, layout.section_blocks);
+    const int64_t first = remainder(channel_block, layout.section_blocks) * layout.block_channels;
+    channel = section * layout.section_channels + first;
+    channels = static_cast<int>(min(layout.block_channels, layout.section_channels - first));
   }
 };
 
@@ -54,16 +66,18 @@ struct OwnStates {
 
   // Missing states are zero.
   __device__ __forceinline__ void load(const float* row, float (&x)[kStates]) const {
+    const OwnStates here{static_cast<int>(hidden(lane)), dstate};
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
-      const int n = first(i / 4) + i % 4;
+      const int n = here.first(i / 4) + i % 4;
       x[i] = row && n < dstate ? row[n] : 0.0f;
     }
   }
   __device__ __forceinline__ void store(float* row, const float (&x)[kStates]) const {
+    const OwnStates here{static_cast<int>(hidden(lane)), dstate};
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
-      const int n = first(i / 4) + i % 4;
+      const int n = here.first(i / 4) + i % 4;
       if (n < dstate) row[n] = x[i];
     }
   }
@@ -71,6 +85,23 @@ struct OwnStates {
 
 __device__ __forceinline__ float4 quad(const float* x) { return *reinterpret_cast<const float4*>(x); }
 __device__ __forceinline__ void set_quad(float* x, float4 value) { *reinterpret_cast<float4*>(x) = value; }
+
+// The states of a thread in shared memory, in quads that neighbours in a warp have side by side.
+template <int kQuads, int kThreads>
+__device__ __forceinline__ void load_quads(const float (*from)[kThreads][4], int thread, float (&x)[4 * kQuads]) {
+#pragma unroll
+  for (int k = 0; k < kQuads; ++k) {
+    const float4 values = quad(from[k][thread]);
+    x[4 * k] = values.x, x[4 * k + 1] = values.y, x[4 * k + 2] = values.z, x[4 * k + 3] = values.w;
+  }
+}
+template <int kQuads, int kThreads>
+__device__ __forceinline__ void store_quads(float (*to)[kThreads][4], int thread, const float (&x)[4 * kQuads]) {
+#pragma unroll
+  for (int k = 0; k < kQuads; ++k) {
+    set_quad(to[k][thread], make_float4(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]));
+  }
+}
 
 // Those that are null are left out.
 template <int kCount>
@@ -83,15 +114,15 @@ struct SequenceTensors {
 template <typename T, int kThreads, int kTensors, int kChannels, int kRow>
 class TileCopy {
   static constexpr int kGroup = kThreads / (kTensors > 2 ? 4 : kTensors), kSteps = kChunk, kTile = kSteps * kRow;
-  static constexpr int kVector = 16 / sizeof(T), kAcross = kChannels / kVector;
+  static constexpr int kVector = 16 / sizeof(T), kAcross = (kChannels + kVector - 1) / kVector;
   struct alignas(16) Vector {
     T data[kVector];
   };
 
  public:
-  __device__ TileCopy(const SequenceTensors<kTensors>& tensors, int64_t batch, int64_t channel, int channels) {
-    const int number = threadIdx.x / kGroup;
-    thread_ = threadIdx.x % kGroup;
+  __device__ TileCopy(unsigned thread, const SequenceTensors<kTensors>& tensors, int64_t batch, int64_t channel, int channels) {
+    const int number = thread / kGroup;
+    thread_ = thread % kGroup;
     tensor_ = number < kTensors ? tensors.x[number] : SequenceTensor{};
     base_ = static_cast<T*>(tensor_.data) + batch * tensor_.batch_stride + channel * (tensor_.channels_last ? 1 : tensor_.stride);
     tile_ = number * kTile;
@@ -219,9 +250,10 @@ class StatesCopy {
   };
 
  public:
-  __device__ StatesCopy(const StateTensor& B, const StateTensor& C, int64_t section, int64_t batch, int64_t dstate) {
-    second_ = threadIdx.x >= kGroup;
-    thread_ = threadIdx.x % kGroup;
+  __device__ StatesCopy(unsigned thread, const StateTensor& B, const StateTensor& C, int64_t section, int64_t batch,
+                        int64_t dstate) {
+    second_ = thread >= kGroup;
+    thread_ = thread % kGroup;
     const StateTensor& x = second_ ? C : B;
     channels_last_ = x.channels_last;
     stride_ = x.stride;

@@ -51,10 +51,11 @@ __global__ void __launch_bounds__(kScanThreads)
   const bool has_z = p.z.data != nullptr, delta_softplus = p.delta_softplus;
 
   for (int64_t time = piece.begin; time < piece.end; time += kChunk) {
-    const int steps = static_cast<int>(min(kChunk, piece.end - time));
-    TileCopy<T, kScanThreads, 3, Tile::kChannels, Tile::kChannels>(inputs, piece.batch, work.channel, work.channels)
+    const int steps = hidden(static_cast<uint32_t>(min(kChunk, piece.end - time)));
+    TileCopy<T, kScanThreads, 3, Tile::kChannels, Tile::kChannels>(threadIdx.x, inputs, piece.batch, work.channel, work.channels)
         .read(tile.sequences[0][0], time, steps);
-    StatesCopy<T, kScanThreads, Tile::kPadded>(p.B, p.C, work.section, piece.batch, p.dstate).read(tile.B[0], tile.C[0], time, steps);
+    StatesCopy<T, kScanThreads, Tile::kPadded>(threadIdx.x, p.B, p.C, work.section, piece.batch, p.dstate)
+        .read(tile.B[0], tile.C[0], time, steps);
     __syncthreads();
 
 #pragma unroll 2
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kScanThreads)
       if (kLanes == 1 || own.lane == 0) tile.sequences[0][t][slot] = from_float<T>(sum);
     }
     __syncthreads();
-    TileCopy<T, kScanThreads, 1, Tile::kChannels, Tile::kChannels>(output, piece.batch, work.channel, work.channels)
+    TileCopy<T, kScanThreads, 1, Tile::kChannels, Tile::kChannels>(threadIdx.x, output, piece.batch, work.channel, work.channels)
         .write(tile.sequences[0][0], time, steps);
     if (p.chunk_states && valid && time + steps < piece.row_end) {
       own.store(p.chunk_states + (piece.chunk(time) * p.dim + channel) * p.dstate, h);

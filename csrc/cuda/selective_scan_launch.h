@@ -25,6 +25,10 @@ BackwardWorkspace backward_workspace(const SelectiveScanBackward& p, const ScanL
 // How the first pass over the segments is laid out.
 ScanLayout segment_layout(const SelectiveScanBackward& p);
 
+// What a backward scan ends with (selective_scan_sums.cu).
+int sum_shares(const GradientShares& shares, void* stream);
+int sum_state_gradients(const SelectiveScanBackward& p, const ScanLayout& layout, const float* dBC, void* stream);
+
 // One translation unit for each dtype.
 template <DType kDType>
 int run_forward(const SelectiveScanForward& p, const ScanLayout& layout, void* stream);

@@ -53,10 +53,11 @@ __global__ void __launch_bounds__(kScanThreads)
   const int64_t chunks = (piece.end - piece.begin + kChunk - 1) / kChunk;
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t time = piece.begin + (kReverse ? chunks - 1 - i : i) * kChunk;
-    const int steps = static_cast<int>(min(kChunk, piece.end - time));
-    TileCopy<T, kScanThreads, 3, Tile::kChannels, Tile::kChannels>(inputs, piece.batch, work.channel, work.channels)
+    const int steps = hidden(static_cast<uint32_t>(min(kChunk, piece.end - time)));
+    TileCopy<T, kScanThreads, 3, Tile::kChannels, Tile::kChannels>(threadIdx.x, inputs, piece.batch, work.channel, work.channels)
         .read(tile.sequences[0][0], time, steps);
-    StatesCopy<T, kScanThreads, Tile::kPadded>(p.B, p.C, work.section, piece.batch, p.dstate).read(tile.B[0], tile.C[0], time, steps);
+    StatesCopy<T, kScanThreads, Tile::kPadded>(threadIdx.x, p.B, p.C, work.section, piece.batch, p.dstate)
+        .read(tile.B[0], tile.C[0], time, steps);
     __syncthreads();
     for (int s = 0; s < steps; ++s) {
       const int t = kReverse ? steps - 1 - s : s;

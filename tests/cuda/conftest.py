@@ -1,16 +1,16 @@
-"""CUDA kernels on the CPU: the libraries that the tests call, and a backend of the scan that reaches one by ctypes."""
+"""CUDA kernels on the CPU: the libraries that the tests call, and what they share with the tests of the operators."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import emulated_cuda
 import pytest
-from emulation import EMULATOR, ROOT, compile_library
+from emulation import ROOT, compile_library
 
 from ssmtune.ops import backends
 
@@ -23,7 +23,6 @@ def load_module(name: str, path: str) -> ModuleType:
     return module
 
 
-emulated_scan = load_module("emulated_scan", "cuda/emulated_scan.py")
 scan_inputs = load_module("ops_fixtures", "ops/conftest.py").scan_inputs
 load_module("ops_test_selective_scan", "ops/test_selective_scan.py")
 
@@ -53,23 +52,10 @@ def sanitized() -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
-@pytest.fixture(scope="session")
-def emulated_scan_library(emulated_library) -> Path:
-    """The selective scan compiled for the CPU; where SSMTUNE_SANITIZED is set, some of it under AddressSanitizer."""
-    if not os.environ.get("SSMTUNE_SANITIZED"):
-        return emulated_cuda.path()
-    kernels = EMULATOR / "selective_scan_sanitized.cu"
-    sources = [ROOT / "csrc" / "cuda" / "selective_scan.cpp", EMULATOR / "selective_scan.cpp", kernels]
-    return emulated_library("scan-sanitized", sources, True)
-
-
 @pytest.fixture
-def backend(emulated_scan_library, monkeypatch) -> str:
-    """The name of a backend that runs the CUDA kernels on the CPU."""
-    emulated_scan.load(emulated_scan_library)
-    cpu = backends.BACKENDS["cpu"]
-    emulated = backends.Backend(
-        "cuda-emulated", "emulated CUDA", "emulated_scan", ("selective_scan",), lambda op: None, cpu.accepts
-    )
-    monkeypatch.setitem(backends.BACKENDS, emulated.name, emulated)
-    return emulated.name
+def backend(monkeypatch) -> Iterator[str]:
+    """The name of the backend that runs the CUDA kernels on the CPU, threads in their order."""
+    monkeypatch.setitem(backends.BACKENDS, "cuda-emulated", emulated_cuda.backend())
+    emulated_cuda.set_order(0)
+    yield "cuda-emulated"
+    emulated_cuda.set_order(0)

@@ -43,7 +43,7 @@ def test_stored_rows_keep_their_bounds():
     assert {row.target for row in rows} == set(cuda_instruction_counts.TARGETS)
     assert {row.kernel for row in rows} <= KERNELS.keys()
     assert [fault for row in rows for fault in faults(row)] == []
-    assert {row.kernel for row in rows if row.bound} == {row.kernel for row in rows if KERNELS[row.kernel].bound}
+    assert {row.kernel for row in rows if row.bound} == {row.kernel for row in rows if KERNELS[row.kernel].bounds}
 
 
 def test_every_source_is_compiled():

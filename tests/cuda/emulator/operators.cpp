@@ -4,9 +4,9 @@
 
 #include "cuda/causal_conv1d_device.h"
 #include "cuda/runtime.h"
+#include "cuda/selective_scan.h"
 #include "cuda/selective_state_update.h"
 #include "emulator.h"
-
 
 namespace ssmtune::cuda {
 
@@ -15,7 +15,31 @@ std::string error_text(int error) {
   return error == 719 ? emulator::error() : "the launch was refused with error " + std::to_string(error);
 }
 
+template <typename Params>
+void describe(const Params& p, int64_t* numbers) {
+  const ScanLayout layout = scan_layout(p);
+  for (const int64_t number : {layout.states, layout.lanes, layout.block_channels, layout.section_blocks, layout.channel_blocks,
+                               layout.row_groups, layout.segments, layout.blocks(), workspace_floats(p)}) {
+    *numbers++ = number;
+  }
+}
+
 extern "C" {
+
+void set_order(unsigned order) { emulator::set_order(order); }
+
+// (states, lanes, block_channels, section_blocks, channel_blocks, row_groups, segments, blocks, workspace_floats) of a scan that
+// finds all gradients.
+void scan_layout(bool backward, int64_t batch, int64_t dim, int64_t seqlen, int64_t dstate, int64_t groups, int64_t rows,
+                 int64_t* numbers) {
+  SelectiveScanBackward p{};
+  p.batch = batch, p.dim = dim, p.seqlen = seqlen, p.dstate = dstate, p.groups = groups, p.rows = rows;
+  if (!backward) return describe(SelectiveScanForward{p, {}, nullptr}, numbers);
+  float wanted;
+  p.dB = p.dC = p.dA = p.dD = p.ddelta_bias = &wanted;
+  p.dinitial_state = p.dstate_offset = p.doutput_offset = {&wanted, 0};
+  describe(p, numbers);
+}
 
 // (vector, channels, steps, blocks, shares) of the tiles of a convolution, in dense memory.
 void conv_tiles(bool backward, bool channels_last, int64_t batch, int64_t dim, int64_t seqlen, int64_t* tiles) {

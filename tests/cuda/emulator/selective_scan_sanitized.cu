@@ -17,7 +17,7 @@ int run_backward(const SelectiveScanBackward& p, const ScanLayout& layout, void*
   const SegmentStates segments(p, layout, w.segments);
   if (layout.segments > 1) {
     const SequenceTensors<3> inputs{p.delta, p.dout, p.z};
-  const ChannelParameter first{p.dlast_state, p.dim * p.dstate};
+    const ChannelParameter first{p.dlast_state, p.dim * p.dstate};
     const cudaError_t error =
         find_segment_states<BFloat16, 16, 1, true>(p, inputs, first, segment_layout(p), segments, stream);
     if (error != cudaSuccess) return error;
