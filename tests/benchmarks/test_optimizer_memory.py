@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.optimizer_memory import METHODS, OPTIMIZERS, one_step
 
-STORED = Path(__file__).parents[2] / "benchmarks" / "results" / "optimizer-memory.csv"
+STORED = Path(__file__).parents[2] / "benchmarks" / "results" / "memory" / "optimizers.csv"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
