@@ -2,7 +2,7 @@
 
 from .packing import install_packing, remove_packing
 from .patching import PatchSummary, find_mixers, patch, patch_mixer, supports, unpatch, unpatch_mixer
-from .state_inputs import ExtraStates, StateAdapter, StateInputs
+from .state_inputs import ExtraStates, StateAdapter, StateInputs, state_shape
 
 __all__ = [
     "ExtraStates",
@@ -14,6 +14,7 @@ __all__ = [
     "patch",
     "patch_mixer",
     "remove_packing",
+    "state_shape",
     "supports",
     "unpatch",
     "unpatch_mixer",

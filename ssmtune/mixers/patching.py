@@ -23,6 +23,16 @@ _PATCHED_CLASSES = {
     ),
     "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "ssmtune.mixers.jamba.PatchedJambaMambaMixer",
     "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "ssmtune.mixers.zamba.PatchedZambaMambaMixer",
+    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "ssmtune.mixers.mamba2.PatchedMamba2Mixer",
+    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "ssmtune.mixers.zamba2.PatchedZamba2MambaMixer",
+    "transformers.models.bamba.modeling_bamba.BambaMixer": "ssmtune.mixers.bamba.PatchedBambaMixer",
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": (
+        "ssmtune.mixers.nemotron_h.PatchedNemotronHMamba2Mixer"
+    ),
+    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "ssmtune.mixers.falcon_h1.PatchedFalconH1Mixer",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": (
+        "ssmtune.mixers.granitemoehybrid.PatchedGraniteMoeHybridMambaLayer"
+    ),
 }
 
 RECOMPUTE = ("nothing", "cheap", "scan")

@@ -22,8 +22,8 @@ class StateInputs:
             replaces it.
         state_offset: (dim, dstate) or (batch, dim, dstate). Added to the state where it is read, never carried on.
         output_offset: (dim,) or (batch, dim). Added to the output of the scan, before the gate.
-        conv_state: (dim, width - 1) or (batch, dim, width - 1). What the convolution sees left of the first token,
-            oldest first; cached inputs replace it.
+        conv_state: (channels, width - 1) or (batch, channels, width - 1), of all channels that are convolved. What the
+            convolution sees left of the first token, oldest first; cached inputs replace it.
         adapter_index: (batch,), integers. Each of the others is then a stack (n_adapters, ...), of which row b of a
             batch has the entry adapter_index[b]; -1 adds nothing.
     """
@@ -134,6 +134,14 @@ def _beside(projected: Tensor, extra: Tensor) -> Tensor:
     if projected.dim() > extra.dim():
         extra = extra.unsqueeze(2).expand(-1, -1, projected.shape[2], -1)
     return torch.cat([projected, extra.to(projected.dtype)], dim=-1)
+
+
+def state_shape(mixer: nn.Module) -> tuple[int, ...]:
+    """The axes of a mixer's state but for the batch: (dim, dstate), or with the channels of heads apart."""
+    if mixer.A_log.dim() > 1:
+        return tuple(mixer.A_log.shape)
+    # One decay serves all states of a head.
+    return mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ssmtune.mixers import StateAdapter
+from ssmtune.mixers import StateAdapter, state_shape
 from ssmtune.tuners.mixer_config import MixerTunerConfig
 
 
@@ -36,7 +36,8 @@ class MixerTunerLayer(StateAdapter, BaseTunerLayer):
 
     def __init__(self, mixer: nn.Module):
         super().__init__()
-        self.dim, self.dstate = math.prod(mixer.A_log.shape[:-1]), mixer.A_log.shape[-1]
+        *channels, self.dstate = state_shape(mixer)
+        self.dim = math.prod(channels)
         # In a tuple, so that the mixer does not become a child of its own.
         self.mixer = (mixer,)
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}

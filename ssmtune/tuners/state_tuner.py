@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ssmtune.mixers import state_shape
 from ssmtune.tuners.mixer_tuner import MixerTunerModel
 from ssmtune.tuners.state_config import StateTunerConfig
 
@@ -18,7 +19,7 @@ class StateTunerModel(MixerTunerModel):
     """Adds a `StateTunerLayer` to each targeted mixer; its adapters can be summed."""
 
     def _check_mixers(self, peft_config: StateTunerConfig, mixers: list[nn.Module]) -> None:
-        rank, dstate = peft_config.rank or 1, min(mixer.A_log.shape[-1] for mixer in mixers)
+        rank, dstate = peft_config.rank or 1, min(state_shape(mixer)[-1] for mixer in mixers)
         if rank > dstate:
             raise ValueError(
                 f"rank={rank} is more than the state size {dstate} of the mixers.\n"

@@ -54,7 +54,7 @@ class Family:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     noise = torch.randn_like(parameter)
-                    if name.endswith(("dt_proj.bias", "dt_proj_bias")):
+                    if name.endswith(("dt_proj.bias", "dt_proj_bias", "dt_bias")):
                         # steps of 0.1: long enough to be felt, short enough for the first token to be remembered
                         parameter.copy_(noise - 2)
                     elif parameter.dim() == 1 or "A_log" in name or name.endswith(("bias", "D")):
@@ -149,6 +149,7 @@ KNOWN_FAILURES = {
     ("Mamba2", "LoRA out_proj", "creates"): _REFUSED,
     ("GPTNeoX", "prefix", "checkpoints activations"): _DROPPED,
     ("Llama", "prefix", "checkpoints activations"): _DROPPED,
+    ("Mamba2", "DoRA", "runs in bfloat16"): "DoRA with such weights errs as far on the mixers of transformers",
 }
 
 

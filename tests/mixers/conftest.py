@@ -4,13 +4,25 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     FalconMambaConfig,
     FalconMambaForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     PreTrainedModel,
+    Zamba2Config,
+    Zamba2ForCausalLM,
     ZambaConfig,
     ZambaForCausalLM,
 )
@@ -28,6 +40,9 @@ HYBRID = {
     "mamba_dt_rank": 4,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+HEADS = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 4}
+MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 4}
+ATTENTION = {"num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
 FAMILIES = {
     "mamba": (MambaConfig, MambaForCausalLM, PURE),
     "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM, PURE),
@@ -35,6 +50,38 @@ FAMILIES = {
     "jamba": (JambaConfig, JambaForCausalLM, HYBRID | EXPERTS | {"attn_layer_period": 3, "attn_layer_offset": 2}),
     # The attention is shared, so there have to be two layers of it.
     "zamba": (ZambaConfig, ZambaForCausalLM, HYBRID | {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]}),
+    "mamba2": (Mamba2Config, Mamba2ForCausalLM, HEADS | {"num_hidden_layers": 2}),
+    "zamba2": (
+        Zamba2Config,
+        Zamba2ForCausalLM,
+        ATTENTION
+        | {"n_mamba_heads": 8, "mamba_d_state": 8, "mamba_ngroups": 2, "chunk_size": 4, "adapter_rank": 4}
+        | {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    ),
+    "bamba": (BambaConfig, BambaForCausalLM, ATTENTION | MAMBA_HEADS | {"attn_layer_indices": [1]}),
+    "nemotron_h": (
+        NemotronHConfig,
+        NemotronHForCausalLM,
+        ATTENTION
+        | {
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 4,
+            "head_dim": 8,
+        }
+        | {"layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"]},
+    ),
+    "falcon_h1": (FalconH1Config, FalconH1ForCausalLM, ATTENTION | MAMBA_HEADS | {"mamba_d_ssm": 64}),
+    "granitemoehybrid": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        ATTENTION
+        | MAMBA_HEADS
+        | {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3, "shared_intermediate_size": 48}
+        | {"num_local_experts": 2, "num_experts_per_tok": 2},
+    ),
 }
 
 
@@ -42,7 +89,7 @@ def randomise(model: nn.Module) -> None:
     """Make every parameter, biases and norms too, different from channel to channel and large enough to matter."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("_proj.bias", "proj_bias", "conv1d.bias", ".D", "A_log", "layernorm.weight")):
+            if name.endswith(("_proj.bias", "proj_bias", "dt_bias", "conv1d.bias", ".D", "A_log", "layernorm.weight")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif name.endswith(("embeddings.weight", "embed_tokens.weight")):
                 parameter.copy_(torch.randn_like(parameter) / 2)
@@ -109,7 +156,7 @@ def adapt():
             generator = torch.Generator().manual_seed(index)
             dim, dstate = mixer.intermediate_size, mixer.ssm_state_size
             shapes = {"initial_state": (dim, dstate), "state_offset": (dim, dstate), "output_offset": (dim,)}
-            shapes["conv_state"] = (dim, mixer.conv_kernel_size - 1)
+            shapes["conv_state"] = (mixer.conv1d.weight.shape[0], mixer.conv_kernel_size - 1)
             adapter = Additions(**{kind: torch.randn(shapes[kind], generator=generator) for kind in kinds})
             mixer.add_module(name, adapter)
             adapters.append(adapter)

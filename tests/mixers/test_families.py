@@ -12,13 +12,20 @@ MIXERS = {
     "falcon_mamba": ["backbone.layers.0.mixer", "backbone.layers.1.mixer"],
     "jamba": ["model.layers.0.mamba", "model.layers.1.mamba"],
     "zamba": ["model.layers.0.mamba", "model.layers.1.mamba_decoder.mamba", "model.layers.2.mamba_decoder.mamba"],
+    "mamba2": ["backbone.layers.0.mixer", "backbone.layers.1.mixer"],
+    "zamba2": ["model.layers.0.mamba", "model.layers.1.mamba_decoder.mamba", "model.layers.2.mamba_decoder.mamba"],
+    "bamba": ["model.layers.0.mamba"],
+    "nemotron_h": ["model.layers.0.mixer", "model.layers.3.mixer"],
+    "falcon_h1": ["model.layers.0.mamba", "model.layers.1.mamba"],
+    "granitemoehybrid": ["model.layers.0.mamba", "model.layers.2.mamba"],
 }
 # Rounding to bfloat16 may send a token to another expert, which tells nothing about the mixers.
-DENSE = {"falcon_mamba": {}, "jamba": {"num_experts": 1}, "zamba": {}}
+DENSE = {"jamba": {"num_experts": 1}, "granitemoehybrid": {"num_local_experts": 1, "num_experts_per_tok": 1}}
 PROJECTION_BIAS = {
     "falcon_mamba": {"use_bias": True},
-    "jamba": {"mamba_proj_bias": True},
-    "zamba": {"mamba_proj_bias": True},
+    "mamba2": {"use_bias": True},
+    "zamba2": {"add_bias_linear": True},
+    "falcon_h1": {"mamba_proj_bias": True, "projectors_bias": True},
 }
 KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 
@@ -111,7 +118,7 @@ def test_options_of_the_configuration(make_pair, tokens, assert_close, family, c
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers(make_pair, tokens, family):
-    theirs, ours = (model.to(torch.bfloat16) for model in make_pair(family, **DENSE[family]))
+    theirs, ours = (model.to(torch.bfloat16) for model in make_pair(family, **DENSE.get(family, {})))
     with torch.no_grad():
         exact = copy.deepcopy(theirs).float()(tokens(4, 20)).logits
         their_error = (theirs(tokens(4, 20)).logits - exact).square().mean().sqrt()
@@ -124,7 +131,7 @@ def test_bfloat16_gradients_are_no_further_from_float32_than_those_of_transforme
     make_pair, tokens, error_ratio, family
 ):
     # Of a short vector of norm weights rounding alone may change a fifth, so the mean over parameters is compared.
-    theirs, ours = (model.to(torch.bfloat16) for model in make_pair(family, **DENSE[family]))
+    theirs, ours = (model.to(torch.bfloat16) for model in make_pair(family, **DENSE.get(family, {})))
     _, exact = loss_and_gradients(copy.deepcopy(theirs).float(), tokens(2, 13))
     errors = []
     for model in (theirs, ours):
@@ -160,7 +167,7 @@ def test_generation_with_and_without_a_cache(make_pair, adapt, tokens, family, o
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pads_change_nothing(make_pair, adapt, rows, assert_close, family, side, adapted):
-    theirs, ours = make_pair(family, **PROJECTION_BIAS[family])
+    theirs, ours = make_pair(family, **PROJECTION_BIAS.get(family, {"mamba_proj_bias": True}))
     if adapted:
         adapt(ours, *KINDS)
     input_ids, mask = padded(rows, side, 11)
@@ -173,7 +180,7 @@ def test_pads_change_nothing(make_pair, adapt, rows, assert_close, family, side,
 
 
 def test_gradients_ignore_pads(make_pair, adapt, rows, assert_close, family):
-    _, ours = make_pair(family, **PROJECTION_BIAS[family])
+    _, ours = make_pair(family, **PROJECTION_BIAS.get(family, {"mamba_proj_bias": True}))
     adapt(ours, *KINDS)
     input_ids, mask = padded(rows, "left", 11)
     (ours(input_ids, attention_mask=mask).logits.square() * mask[..., None]).sum().backward()
@@ -187,7 +194,7 @@ def test_gradients_ignore_pads(make_pair, adapt, rows, assert_close, family):
 
 
 def test_generation_from_left_padded_prompts(make_pair, adapt, rows, family):
-    _, ours = make_pair(family, **PROJECTION_BIAS[family])
+    _, ours = make_pair(family, **PROJECTION_BIAS.get(family, {"mamba_proj_bias": True}))
     adapt(ours, *KINDS)
     input_ids, mask = padded(rows, "left", 9)
     together = ours.generate(input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 9:]
@@ -197,7 +204,7 @@ def test_generation_from_left_padded_prompts(make_pair, adapt, rows, family):
 
 def test_generation_from_right_padded_prompts_with_and_without_a_cache(make_pair, adapt, rows, family):
     # New tokens come after the pads, which take a place in the convolution: not what a row alone would give.
-    _, ours = make_pair(family, **PROJECTION_BIAS[family])
+    _, ours = make_pair(family, **PROJECTION_BIAS.get(family, {"mamba_proj_bias": True}))
     adapt(ours, *KINDS)
     input_ids, mask = padded(rows, "right", 9)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
@@ -254,7 +261,7 @@ def test_gradient_checkpointing(make_pair, adapt, tokens, family, use_reentrant)
 
 def test_compile_fullgraph(make_pair, adapt, tokens, assert_close, family):
     torch._dynamo.reset()
-    _, ours = make_pair(family, **DENSE[family])
+    _, ours = make_pair(family, **DENSE.get(family, {}))
     adapt(ours, *KINDS)
     mixer = find_mixers(ours)[0][1]
     hidden = torch.randn(2, 6, 32)
@@ -273,7 +280,7 @@ def test_compile_fullgraph(make_pair, adapt, tokens, assert_close, family):
 def test_compile_the_model_fullgraph(make_pair, tokens, assert_close, family):
     torch._dynamo.reset()
     # The experts of transformers look at which of them have tokens, which breaks a graph.
-    _, ours = make_pair(family, **DENSE[family])
+    _, ours = make_pair(family, **DENSE.get(family, {}))
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected = ours(tokens(2, 6), use_cache=False).logits

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from ssmtune.mixers import find_mixers
+from ssmtune.mixers import find_mixers, state_shape
 from ssmtune.mixers.cache import read_states
 from ssmtune.tuners.initial_state.layer import InitialStateLayer
 from ssmtune.tuners.initial_state.model import InitialStateModel
@@ -99,11 +99,11 @@ def starting_cache(model: nn.Module, batch_size: int = 1) -> Cache:
     for mixer in mixers:
         weight = mixer.A_log
         conv = mixer.out_proj.weight.new_zeros(batch_size, mixer.conv1d.weight.shape[0], mixer.conv_kernel_size)
-        state = weight.new_zeros(batch_size, *weight.shape, dtype=torch.float32)
+        state = weight.new_zeros(batch_size, *state_shape(mixer), dtype=torch.float32)
         if (layer := adapted.get(id(mixer))) is not None:
             inputs = layer.state_inputs()
             if inputs.initial_state is not None:
-                state += inputs.initial_state.view(weight.shape)
+                state += inputs.initial_state.view(state.shape[1:])
             if inputs.conv_state is not None:
                 conv[..., 1:] = inputs.conv_state
         cache.update_conv_state(conv, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
