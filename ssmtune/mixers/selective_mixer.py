@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from ssmtune.ops.backends import requested
 from .cache import read_states
 from .pads import CLOSED, find_pads, place_conv_state
 from .recomputation import Recomputation
-from .state_inputs import adapters_of, sum_state_inputs, with_extra_states
+from .state_inputs import StateInputs, adapters_of, sum_state_inputs, with_extra_states
 
 
 class SelectiveMixer(nn.Module):
@@ -29,6 +30,7 @@ class SelectiveMixer(nn.Module):
     """
 
     original_class: ClassVar[type[nn.Module]]
+    scan_operator: ClassVar[Callable[..., Any]] = staticmethod(ops.selective_scan)
     recompute = "cheap"
 
     def forward(
@@ -58,45 +60,20 @@ class SelectiveMixer(nn.Module):
         Raises:
             ValueError: the mask has another shape, or sequences are packed and there is a cache.
         """
-        cu_seqlens, rows = None, hidden_states.shape[:2]
-        if attention_mask is not None and attention_mask.dim() == 1:
-            cu_seqlens, attention_mask = attention_mask, None
-            if cache is not None:
-                raise ValueError(
-                    f"{type(self).__name__} got {cu_seqlens.shape[0] - 1} packed sequences together with a cache.\n"
-                    "  Only a single sequence can be continued. Leave the cache out, as with use_cache=False."
-                )
-            hidden_states = hidden_states.reshape(1, -1, hidden_states.shape[-1])
+        rows = hidden_states.shape[:2]
+        hidden_states, pads, cu_seqlens = self.read_mask(hidden_states, cache, attention_mask)
         batch, seqlen, _ = hidden_states.shape
-        pads = find_pads(attention_mask, batch, seqlen)
         inputs = sum_state_inputs(self)
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
 
         projected = self.in_proj(hidden_states)
         with Recomputation(self.recompute != "nothing") as made:
             x, z = self.split_input(made, projected)
-            if pads is not None:
-                # After the projection rather than before it: its bias must not reach the convolution.
-                x = made.by(Tensor.masked_fill, x, pads, 0)
-            x, z = x.transpose(1, 2), z.transpose(1, 2)
             # One token of generation, for which cached states are overwritten rather than read and written.
             step = seqlen == 1 and state is not None and not torch.is_grad_enabled()
             # The step reads offsets from stacks of them; the convolution and the scan want a tensor for each row.
             inputs = inputs.at_every_token() if step else inputs.of_rows()
-            window = x
-            if cu_seqlens is not None and inputs.conv_state is not None:
-                context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
-            elif context is None and inputs.conv_state is not None:
-                context, x = made.by(place_conv_state, inputs.conv_state, x, pads)
-                # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
-                window = x if cache is None else torch.cat([context, x], dim=-1)
-            if step and not cache.layers[self.layer_idx].record_past and _is_plain(self.conv1d, nn.Conv1d):
-                u = self.convolve_step(x, context)
-            else:
-                u = self.convolve(made, x, context, cu_seqlens)
-                if cache is not None:
-                    cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-
+            u = self.convolve_tokens(made, x, context, inputs, cache, pads, cu_seqlens, step)
             with made.casting():
                 dt, B, C = self.project_convolved(u.transpose(1, 2))
             delta, delta_bias = self.project_time_step(made, dt)
@@ -112,14 +89,15 @@ class SelectiveMixer(nn.Module):
             if step:
                 y = ops.selective_state_update(
                     state, u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], D,
-                    z=z[..., 0], dt_bias=delta_bias, dt_softplus=True,
+                    z=z[:, 0], dt_bias=delta_bias, dt_softplus=True,
                     state_offset=inputs.state_offset, output_offset=inputs.output_offset,
                     adapter_index=inputs.adapter_index,
                 ).unsqueeze(1)  # fmt: skip
             else:
                 y = self.scan(
                     made, u, delta, A, B, C, D,
-                    z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=cache is not None,
+                    z=z.transpose(1, 2), delta_bias=delta_bias, delta_softplus=True,
+                    return_last_state=cache is not None,
                     initial_state=inputs.initial_state if state is None else state,
                     state_offset=inputs.state_offset, output_offset=inputs.output_offset, cu_seqlens=cu_seqlens,
                 )  # fmt: skip
@@ -129,6 +107,48 @@ class SelectiveMixer(nn.Module):
                 y = y.transpose(1, 2)
             out = self.out_proj(y)
         return out if cu_seqlens is None else out.view(*rows, -1)
+
+    def read_mask(
+        self, hidden_states: Tensor, cache: Any | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The hidden states, packed sequences in one row, where the pads are, and where packed sequences start."""
+        if attention_mask is None or attention_mask.dim() != 1:
+            return hidden_states, find_pads(attention_mask, *hidden_states.shape[:2]), None
+        if cache is not None:
+            raise ValueError(
+                f"{type(self).__name__} got {attention_mask.shape[0] - 1} packed sequences together with a cache.\n"
+                "  Only a single sequence can be continued. Leave the cache out, as with use_cache=False."
+            )
+        return hidden_states.reshape(1, -1, hidden_states.shape[-1]), None, attention_mask
+
+    def convolve_tokens(
+        self,
+        made: Recomputation,
+        x: Tensor,
+        context: Tensor | None,
+        inputs: StateInputs,
+        cache: Any | None,
+        pads: Tensor | None,
+        cu_seqlens: Tensor | None,
+        step: bool,
+    ) -> Tensor:
+        """Convolve (batch, seqlen, dim) to (batch, dim, seqlen), go on from what a cache holds, and update that."""
+        if pads is not None:
+            # After the projection rather than before it: its bias must not reach the convolution.
+            x = made.by(Tensor.masked_fill, x, pads, 0)
+        window = x = x.transpose(1, 2)
+        if cu_seqlens is not None and inputs.conv_state is not None:
+            context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
+        elif context is None and inputs.conv_state is not None:
+            context, x = made.by(place_conv_state, inputs.conv_state, x, pads)
+            # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
+            window = x if cache is None else torch.cat([context, x], dim=-1)
+        if step and not cache.layers[self.layer_idx].record_past and _is_plain(self.conv1d, nn.Conv1d):
+            return self.convolve_step(x, context)
+        u = self.convolve(made, x, context, cu_seqlens)
+        if cache is not None:
+            cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        return u
 
     def states_after(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens leave behind for those after them, were they the first of a sequence.
@@ -154,10 +174,10 @@ class SelectiveMixer(nn.Module):
         return state, F.pad(x, (width, 0))[..., x.shape[-1] :]
 
     def scan(self, made: Recomputation, *args: Any, **kwargs: Any) -> Any:
-        """`ops.selective_scan`, for the backward pass kept or made again."""
+        """The operator of the scan, what its backward pass needs kept or made again."""
         if self.recompute == "scan":
-            return made.by(ops.selective_scan, *args, backend=requested(), **kwargs)
-        return ops.selective_scan(*args, **kwargs)
+            return made.by(self.scan_operator, *args, backend=requested(), **kwargs)
+        return self.scan_operator(*args, **kwargs)
 
     def state_matrix(self) -> Tensor:
         """A (dim, dstate), negative, in float32 or wider."""

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmtune import ops
 
 from .cache import read_states
-from .selective_mixer import _CLOSED, SelectiveMixer, _is_plain, find_pads, place_conv_state
+from .pads import CLOSED
+from .recomputation import Recomputation
+from .selective_mixer import SelectiveMixer
 from .state_inputs import StateInputs, sum_state_inputs
 
 
@@ -21,50 +23,28 @@ class SsdMixer(SelectiveMixer):
     Its adapters see the heads' channels as one axis: dim = num_heads * head_dim.
     """
 
+    scan_operator = staticmethod(ops.ssd_scan)
+
     def mix(self, hidden_states: Tensor, cache: Any | None, attention_mask: Tensor | None) -> Tensor:
         """Run the mixer as `SelectiveMixer.mix` does; the offsets enter before the gated norm."""
-        cu_seqlens, rows = None, hidden_states.shape[:2]
-        if attention_mask is not None and attention_mask.dim() == 1:
-            cu_seqlens, attention_mask = attention_mask, None
-            if cache is not None:
-                raise ValueError(
-                    f"{type(self).__name__} got {cu_seqlens.shape[0] - 1} packed sequences together with a cache.\n"
-                    "  Only a single sequence can be continued. Leave the cache out, as with use_cache=False."
-                )
-            hidden_states = hidden_states.reshape(1, -1, hidden_states.shape[-1])
-        batch, seqlen, _ = hidden_states.shape
-        pads = find_pads(attention_mask, batch, seqlen)
+        rows = hidden_states.shape[:2]
+        hidden_states, pads, cu_seqlens = self.read_mask(hidden_states, cache, attention_mask)
         inputs = sum_state_inputs(self).of_rows()
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
+        step = hidden_states.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
 
         gate, x, dt = self.project(hidden_states)
-        if pads is not None:
-            # After the projection rather than before it: its bias must not reach the convolution.
-            x = x.masked_fill(pads, 0)
-        x = x.transpose(1, 2)
-        step = seqlen == 1 and state is not None and not torch.is_grad_enabled()
-        window = x
-        if cu_seqlens is not None and inputs.conv_state is not None:
-            context = inputs.conv_state.to(x.dtype).expand(cu_seqlens.shape[0] - 1, -1, -1)
-        elif context is None and inputs.conv_state is not None:
-            context, x = place_conv_state(inputs.conv_state, x, pads)
-            # The cache, empty so far, has to hold of the learned inputs what the convolution still looks back on.
-            window = x if cache is None else torch.cat([context, x], dim=-1)
-        if step and not cache.layers[self.layer_idx].record_past and _is_plain(self.conv1d, nn.Conv1d):
-            u = self.convolve_step(x, context)
-        else:
-            u = self.convolve(x, context, cu_seqlens)
-            if cache is not None:
-                cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-
-        y, last_state = self.scan(u, dt, pads, state, inputs, cu_seqlens, self.scan_gate(gate))
+        with Recomputation() as made:
+            u = self.convolve_tokens(made, x, context, inputs, cache, pads, cu_seqlens, step)
+            y, last_state = self.scan_heads(made, u, dt, pads, state, inputs, cu_seqlens, self.scan_gate(gate))
         if cache is not None:
             cache.update_recurrent_state(last_state, self.layer_idx)
         out = self.out_proj(self.normalize(y.flatten(2), gate))
         return out if cu_seqlens is None else out.view(*rows, -1)
 
-    def scan(
+    def scan_heads(
         self,
+        made: Recomputation,
         u: Tensor,
         dt: Tensor,
         pads: Tensor | None = None,
@@ -76,6 +56,7 @@ class SsdMixer(SelectiveMixer):
         """Scan what the convolution gave.
 
         Args:
+            made: what is made again in the backward pass.
             u: (batch, conv_dim, seqlen), of which the channels are the input's, B's and C's.
             dt: (batch, seqlen, num_heads).
             pads: (batch, seqlen, 1), or None.
@@ -97,10 +78,11 @@ class SsdMixer(SelectiveMixer):
             if steps["dt_limit"][0] > 0:
                 dt, steps = self.time_steps(dt).masked_fill(pads, 0), {}
             else:
-                dt = dt.masked_fill(pads, _CLOSED)
+                dt = made.by(Tensor.masked_fill, dt, pads, CLOSED)
         if state is None and inputs.initial_state is not None:
             state = inputs.initial_state.unflatten(-2, heads)
-        return ops.ssd_scan(
+        return self.scan(
+            made,
             x.unflatten(-1, heads), dt, self.state_matrix(),
             B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1)), self.D,
             z=None if gate is None else gate.unflatten(-1, heads), initial_states=state,
@@ -112,7 +94,8 @@ class SsdMixer(SelectiveMixer):
     def states_after(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         _, x, dt = self.project(hidden_states)
         x = x.transpose(1, 2)
-        _, state = self.scan(self.convolve(x, None, None), dt)
+        with Recomputation() as made:
+            _, state = self.scan_heads(made, self.convolve(made, x, None, None), dt)
         width = self.conv_kernel_size - 1
         return state.flatten(1, 2), F.pad(x, (width, 0))[..., x.shape[-1] :]
 

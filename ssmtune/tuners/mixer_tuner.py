@@ -87,7 +87,11 @@ class MixerTunerModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MixerTunerConfig, model_config: dict) -> MixerTunerConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = {name.rpartition(".")[2] for name, _ in find_mixers(self.model)}
+            mixers = {name for name, _ in find_mixers(self.model)}
+            short = {name.rpartition(".")[2] for name in mixers}
+            # Nemotron-H calls attention and dense layers mixers too.
+            others = {name.rpartition(".")[2] for name, _ in self.model.named_modules() if name not in mixers}
+            peft_config.target_modules = mixers if short & others else short
         return peft_config
 
     def _prepare_model(self, peft_config: MixerTunerConfig, model: nn.Module) -> None:

@@ -13,19 +13,12 @@ MIXERS = {
     "jamba": ["model.layers.0.mamba", "model.layers.1.mamba"],
     "zamba": ["model.layers.0.mamba", "model.layers.1.mamba_decoder.mamba", "model.layers.2.mamba_decoder.mamba"],
     "mamba2": ["backbone.layers.0.mixer", "backbone.layers.1.mixer"],
-    "zamba2": ["model.layers.0.mamba", "model.layers.1.mamba_decoder.mamba", "model.layers.2.mamba_decoder.mamba"],
-    "bamba": ["model.layers.0.mamba"],
-    "nemotron_h": ["model.layers.0.mixer", "model.layers.3.mixer"],
-    "falcon_h1": ["model.layers.0.mamba", "model.layers.1.mamba"],
-    "granitemoehybrid": ["model.layers.0.mamba", "model.layers.2.mamba"],
 }
 # Rounding to bfloat16 may send a token to another expert, which tells nothing about the mixers.
-DENSE = {"jamba": {"num_experts": 1}, "granitemoehybrid": {"num_local_experts": 1, "num_experts_per_tok": 1}}
+DENSE = {"jamba": {"num_experts": 1}}
 PROJECTION_BIAS = {
     "falcon_mamba": {"use_bias": True},
     "mamba2": {"use_bias": True},
-    "zamba2": {"add_bias_linear": True},
-    "falcon_h1": {"mamba_proj_bias": True, "projectors_bias": True},
 }
 KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 

@@ -1,0 +1,88 @@
+"""Hybrids with the mixers of Mamba-2; what is asked of every family in more detail is asked of Mamba-2 itself."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import ssmtune
+from ssmtune.mixers import find_mixers
+
+MIXERS = {
+    "zamba2": ["model.layers.0.mamba", "model.layers.1.mamba_decoder.mamba", "model.layers.2.mamba_decoder.mamba"],
+    "bamba": ["model.layers.0.mamba"],
+    "nemotron_h": ["model.layers.0.mixer", "model.layers.3.mixer"],
+    "falcon_h1": ["model.layers.0.mamba", "model.layers.1.mamba"],
+    "granitemoehybrid": ["model.layers.0.mamba", "model.layers.2.mamba"],
+}
+KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
+
+
+@pytest.fixture(params=MIXERS)
+def family(request):
+    return request.param
+
+
+def left_padded(input_ids, pads):
+    padding = torch.zeros(input_ids.shape[0], pads, dtype=torch.long)
+    joined = torch.cat([padding, input_ids], dim=1)
+    return joined, torch.cat([padding, torch.ones_like(input_ids)], dim=1)
+
+
+def test_equals_transformers_with_gradients(make_pair, tokens, assert_close, family):
+    theirs, ours = make_pair(family)
+    assert [name for name, _ in find_mixers(ours)] == MIXERS[family]
+    results = []
+    for model in (theirs, ours):
+        output = model(tokens(2, 9), labels=tokens(2, 9))
+        output.loss.backward()
+        results.append((output.logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (expected, gradients), (logits, ours_gradients) = results
+    assert_close("logits", expected, logits, 1e-5)
+    assert gradients.keys() == ours_gradients.keys()
+    for name, grad in gradients.items():
+        assert_close(name, grad, ours_gradients[name], 1e-4)
+
+
+def test_falcon_h1_with_a_norm_gates_in_the_norm(make_pair, tokens, assert_close):
+    theirs, ours = make_pair("falcon_h1", mamba_rms_norm=True, mamba_norm_before_gate=False)
+    assert_close("logits", theirs(tokens(2, 9)).logits, ours(tokens(2, 9)).logits, 1e-5)
+
+
+def test_adapters_under_generation_and_padding(make_pair, adapt, tokens, assert_close, family):
+    _, ours = make_pair(family)
+    plain = ours(tokens(2, 6)).logits
+    adapt(ours, *KINDS)
+    with torch.no_grad():
+        expected = ours(tokens(2, 6)).logits
+        assert (expected - plain).abs().max() > 1e-2
+        input_ids, mask = left_padded(tokens(2, 6), 3)
+        assert_close("padded", expected, ours(input_ids, attention_mask=mask).logits[:, 3:], 1e-5)
+    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, whole = (ours.generate(tokens(2, 6), use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    assert_close("logits", torch.stack(whole.logits), torch.stack(cached.logits), 1e-5)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.05])
+def test_pads_do_not_decay_a_state_where_steps_have_a_least_size(make_pair, adapt, tokens, assert_close, least):
+    _, ours = make_pair("mamba2", time_step_limit=(least, 0.2))
+    adapt(ours, "initial_state")
+    input_ids, mask = left_padded(tokens(2, 6), 4)
+    with torch.no_grad():
+        padded = ours(input_ids, attention_mask=mask).logits[:, 4:]
+        assert_close("logits", ours(tokens(2, 6)).logits, padded, 1e-5)
+
+
+@pytest.mark.parametrize("config", [ssmtune.StateOffsetConfig, ssmtune.InitialStateConfig], ids=lambda c: c.__name__)
+def test_tuners(make_family, tokens, assert_close, family, config, tmp_path):
+    model = get_peft_model(make_family(family), config(init_weights=False, task_type="CAUSAL_LM"))
+    logits = model(tokens(2, 9)).logits
+    logits.square().sum().backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == len(MIXERS[family])
+    assert all(parameter.grad.any() for parameter in trained.values())
+    with model.disable_adapter():
+        assert_close("disabled", make_family(family)(tokens(2, 9)).logits, model(tokens(2, 9)).logits, 1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_family(family), tmp_path)
+    assert torch.equal(loaded(tokens(2, 9)).logits, logits)
