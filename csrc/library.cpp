@@ -19,6 +19,16 @@ STABLE_TORCH_LIBRARY(ssmtune_native, m) {
       "Tensor(e!)? dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state, Tensor(j!)? dstate_offset, "
       "Tensor(k!)? doutput_offset) -> ()");
   m.def(
+      "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_states, "
+      "Tensor? state_offset, Tensor? output_offset, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, "
+      "Tensor(a!) out, Tensor(b!) final_states, Tensor(c!)? chunk_states) -> ()");
+  m.def(
+      "ssd_scan_bwd(Tensor? dout, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? dt_bias, Tensor? initial_states, Tensor? state_offset, Tensor? output_offset, Tensor? cu_seqlens, "
+      "Tensor chunk_states, bool dt_softplus, float dt_min, float dt_max, Tensor(a!)? dx, Tensor(b!)? ddt, Tensor(c!)? dA, "
+      "Tensor(d!)? dB, Tensor(e!)? dC, Tensor(f!)? dD, Tensor(g!)? ddt_bias, Tensor(h!)? dinitial_states, "
+      "Tensor(i!)? dstate_offset, Tensor(j!)? doutput_offset) -> ()");
+  m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? dt_bias, bool dt_softplus, Tensor? state_offset, Tensor? output_offset, Tensor? adapter_index) -> Tensor");
   m.def(

@@ -10,6 +10,8 @@ namespace ssmtune {
   namespace capability {                                                                    \
   extern const Kernel<SelectiveScanForward> selective_scan_fwd;                             \
   extern const Kernel<SelectiveScanBackward> selective_scan_bwd;                            \
+  extern const Kernel<SsdScanForward> ssd_scan_fwd;                                         \
+  extern const Kernel<SsdScanBackward> ssd_scan_bwd;                                        \
   extern const Kernel<CausalConv1dForward> causal_conv1d_fwd;                               \
   extern const Kernel<CausalConv1dBackward> causal_conv1d_bwd;                              \
   void selective_state_update(const SelectiveStateUpdate&, int64_t, int64_t, int64_t);      \
@@ -18,6 +20,7 @@ namespace ssmtune {
 #define SSMTUNE_KERNEL_TABLE(capability, name)                                              \
   KernelTable {                                                                             \
     name, capability::selective_scan_fwd, capability::selective_scan_bwd,                   \
+        capability::ssd_scan_fwd, capability::ssd_scan_bwd,                                 \
         capability::causal_conv1d_fwd, capability::causal_conv1d_bwd,                       \
         capability::selective_state_update, capability::causal_conv1d_update                \
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/params.h"
+#include "cpu/ssd_params.h"
 
 namespace ssmtune {
 
@@ -17,6 +18,8 @@ struct KernelTable {
   const char* capability;
   Kernel<SelectiveScanForward> selective_scan_fwd;
   Kernel<SelectiveScanBackward> selective_scan_bwd;
+  Kernel<SsdScanForward> ssd_scan_fwd;
+  Kernel<SsdScanBackward> ssd_scan_bwd;
   Kernel<CausalConv1dForward> causal_conv1d_fwd;
   Kernel<CausalConv1dBackward> causal_conv1d_bwd;
   // Update the channels [begin, end) of one row of the batch.

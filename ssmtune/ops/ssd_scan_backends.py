@@ -1,9 +1,12 @@
 """What runs Mamba-2's scan on each backend."""
 
+from types import ModuleType
+
+from ssmtune.ops import ssd_scan_cpu
 from ssmtune.ops.backends import implementation
 from ssmtune.ops.ssd_scan_expanded import ExpandedScan
 
 
-def ssd_backend(name: str) -> ExpandedScan:
+def ssd_backend(name: str) -> ModuleType | ExpandedScan:
     """Return the implementation of a backend: kernels for this scan, else those of the selective scan."""
-    return ExpandedScan(implementation(name))
+    return ssd_scan_cpu if name == "cpu" else ExpandedScan(implementation(name))

@@ -1,0 +1,58 @@
+"""Calls into the compiled CPU kernels of Mamba-2's scan.
+
+The kernels write into tensors their caller allocated, and skip each result that is None. They take tensors along seqlen
+that are dense along their last two axes, steps in float32, and everything else contiguous in float32.
+"""
+
+import torch
+from torch import Tensor
+
+from ssmtune.ops.kernel_inputs import parameter
+from ssmtune.ops.packing import n_kept_states
+
+CHUNK_SIZE = 64
+
+
+def chunk_states_shape(x_shape: tuple[int, ...], groups: int, dstate: int, n_sequences: int | None) -> tuple[int, ...]:
+    """Return the shape of the buffer in which the forward scan keeps the states between chunks."""
+    batch, seqlen, heads, headdim = x_shape
+    return batch, n_kept_states(seqlen, n_sequences, CHUNK_SIZE), heads, headdim, dstate
+
+
+def forward(inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, *options_and_results) -> None:
+    """Run the scan."""
+    torch.ops.ssmtune_native.ssd_scan_fwd(*_kernel_inputs(inputs), cu_seqlens, *options_and_results)
+
+
+def backward(
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    gradients: list[Tensor | None],
+) -> None:
+    """Run the scan backward."""
+    torch.ops.ssmtune_native.ssd_scan_bwd(
+        None if dout is None else _dense_heads(dout, inputs[0].dtype),
+        parameter(dfinal_states),
+        *_kernel_inputs(inputs),
+        *(cu_seqlens, chunk_states, dt_softplus, dt_min, dt_max),
+        *gradients,
+    )
+
+
+def _kernel_inputs(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, dt, A, B, C, *others = inputs
+    B, C = (_dense_heads(tensor, x.dtype) for tensor in (B, C))
+    return _dense_heads(x, x.dtype), parameter(dt), parameter(A), B, C, *(parameter(tensor) for tensor in others)
+
+
+def _dense_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself where its last two axes are dense, as in a view of what a projection gives, else a copy."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    dense = (x.shape[3] == 1 or x.stride(3) == 1) and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return x if dense else x.contiguous()
