@@ -149,7 +149,6 @@ KNOWN_FAILURES = {
     ("Mamba2", "LoRA out_proj", "creates"): _REFUSED,
     ("GPTNeoX", "prefix", "checkpoints activations"): _DROPPED,
     ("Llama", "prefix", "checkpoints activations"): _DROPPED,
-    ("Mamba2", "DoRA", "runs in bfloat16"): "DoRA with such weights errs as far on the mixers of transformers",
 }
 
 
