@@ -34,7 +34,7 @@ class SsdMixer(SelectiveMixer):
         step = hidden_states.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
 
         gate, x, dt = self.project(hidden_states)
-        with Recomputation() as made:
+        with Recomputation(self.recompute != "nothing") as made:
             u = self.convolve_tokens(made, x, context, inputs, cache, pads, cu_seqlens, step)
             y, last_state = self.scan_heads(made, u, dt, pads, state, inputs, cu_seqlens, self.scan_gate(gate))
         if cache is not None:
@@ -94,7 +94,7 @@ class SsdMixer(SelectiveMixer):
     def states_after(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         _, x, dt = self.project(hidden_states)
         x = x.transpose(1, 2)
-        with Recomputation() as made:
+        with Recomputation(self.recompute != "nothing") as made:
             _, state = self.scan_heads(made, self.convolve(made, x, None, None), dt)
         width = self.conv_kernel_size - 1
         return state.flatten(1, 2), F.pad(x, (width, 0))[..., x.shape[-1] :]
