@@ -211,7 +211,7 @@ def selective_scan_fwd(
             stride_initial_state=_row_stride(initial_state, 2),
             stride_state_offset=_row_stride(state_offset, 2), stride_output_offset=_row_stride(output_offset, 1),
             DELTA_SOFTPLUS=delta_softplus, CHUNK=CHUNK_SIZE,
-            **layout.options(THREE_WARPS if state_offset is None else TWO_WARPS),
+            **layout.options(TWO_WARPS),
             STEPS=min(FORWARD_STEPS, CHUNK_SIZE),
         )  # fmt: skip
 
