@@ -212,7 +212,8 @@ def selective_scan_fwd(
             stride_state_offset=_row_stride(state_offset, 2), stride_output_offset=_row_stride(output_offset, 1),
             DELTA_SOFTPLUS=delta_softplus, CHUNK=CHUNK_SIZE,
             **layout.options(TWO_WARPS),
-            STEPS=min(FORWARD_STEPS, CHUNK_SIZE),
+            # fewer of channels-first sequences, of which a thread loads several steps and needs registers for them
+            STEPS=min(FORWARD_STEPS if u.stride(1) == 1 else FORWARD_STEPS // 2, CHUNK_SIZE),
         )  # fmt: skip
 
 
