@@ -15,9 +15,9 @@ from benchmarks.step_cases import (
     verify_small,
 )
 from benchmarks.worker import Workers
-from ssmtune import ops
 from ssmtune.measure import results
 from ssmtune.measure.timing import Disagreement, Lap
+from ssmtune.mixers.selective_mixer import SelectiveMixer
 
 TINY = StepSpec("reference", "full", 2, 12, layers=2, width=16, vocabulary=32, dstate=8)
 
@@ -47,14 +47,14 @@ def test_verify_small_accepts_every_implementation(spec):
 
 @pytest.mark.parametrize("method", ["full", "state-offset"])
 def test_verify_small_refuses_a_wrong_scan(method, monkeypatch):
-    right = ops.selective_scan
+    right = SelectiveMixer.scan_operator
 
     def planted(u, *arguments, **options):
         result = right(u, *arguments, **options)
         factor = 1.01 if u.dtype == torch.float32 else 1.0
         return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
 
-    monkeypatch.setattr(ops, "selective_scan", planted)
+    monkeypatch.setattr(SelectiveMixer, "scan_operator", staticmethod(planted))
     with pytest.raises(Disagreement):
         verify_small(replace(TINY, method=method))
 

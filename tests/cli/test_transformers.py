@@ -1,4 +1,4 @@
-"""The commands on models without a mixer that is patched: transformers, and Mamba-2 as transformers has it."""
+"""The commands on transformers, where no mixer is patched, and on Mamba-2."""
 
 import json
 
@@ -61,25 +61,30 @@ def test_train_and_generate(kind, checkpoint, data, tmp_path, capsys):
         str(out),
     ]
     assert main(["train", checkpoint, *arguments, "--quiet"]) == 0
-    assert "transformers (no mixer that ssmtune knows)" in capsys.readouterr().out
+    backend = "2 mixers" if kind == "Mamba2" else "transformers (no mixer that ssmtune knows)"
+    assert backend in capsys.readouterr().out
     prompts = ["--prompt", "the sea", "--prompt", "the sun is not blue"]
     assert main(["generate", str(out), *prompts, "--max-new-tokens", "4"]) == 0
     assert "the sun is not blue" in capsys.readouterr().out
 
 
-def test_compare_runs_the_methods_that_fit(checkpoint, data, tmp_path, monkeypatch):
+def test_compare_runs_the_methods_that_fit(kind, checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr("ssmtune.cli.report.show", lambda *directories: 0)  # pictures take longer than all else
     budget = ["--seeds", "1", "--steps", "2", "--batch-size", "2", "--lr-grid", "1", "--quiet"]
     arguments = ["--task", "files", "--data-dir", str(data), *budget, "--out", str(tmp_path)]
     assert main(["compare", checkpoint, *arguments]) == 0
     config = json.loads((tmp_path / "comparison.json").read_text())["config"]
-    assert config["methods"] == ["full", "lora", "prompt-tuning"]
+    expected = ["full", "lora", "prompt-tuning"]
+    if kind == "Mamba2":
+        expected += ["initial-state", "state-offset", "state-offset-y"]
+    assert config["methods"] == expected
     cells = list(CellStore(tmp_path / "cells").records())
-    assert len(cells) == 4 and {cell["status"] for cell in cells} == {"success"}
+    assert len(cells) == 1 + len(expected) and {cell["status"] for cell in cells} == {"success"}
 
 
-def test_a_method_that_does_not_fit_is_wrong_usage(checkpoint, data, tmp_path, capsys):
-    arguments = ["--method", "state-offset", "--data", str(data / "train.jsonl"), "--out", str(tmp_path / "run")]
+def test_a_method_that_does_not_fit_is_wrong_usage(kind, checkpoint, data, tmp_path, capsys):
+    method = "additional-scan" if kind == "Mamba2" else "state-offset"
+    arguments = ["--method", method, "--data", str(data / "train.jsonl"), "--out", str(tmp_path / "run")]
     assert main(["train", checkpoint, *arguments]) == 2
     message = capsys.readouterr().err
-    assert "method 'state-offset' does not apply to" in message and "Methods that do: full, " in message
+    assert f"method {method!r} does not apply to" in message and "Methods that do: full, " in message

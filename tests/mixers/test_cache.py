@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from ssmtune import ops
 from ssmtune.mixers import find_mixers
+from ssmtune.mixers.selective_mixer import SelectiveMixer
 
 KINDS = ("initial_state", "state_offset", "output_offset")
 
@@ -191,7 +192,7 @@ def test_a_step_of_mamba_in_heads_updates_the_cached_states_in_place(
         cache = ours(input_ids[:, :6], use_cache=True).past_key_values
         states = [cache.layers[mixer.layer_idx].recurrent_states[0] for _, mixer in mixers]
         before = [state.clone() for state in states]
-        monkeypatch.setattr(ops, "selective_scan", None)
+        monkeypatch.setattr(SelectiveMixer, "scan_operator", None)
         actual = ours(input_ids[:, 6:], past_key_values=cache, use_cache=True).logits
     assert_close("logits", expected, actual, 1e-5)
     for (_, mixer), state, old in zip(mixers, states, before, strict=True):
