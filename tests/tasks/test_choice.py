@@ -1,7 +1,7 @@
 import pytest
 
 from ssmtune.data import Example
-from ssmtune.tasks.choice import ChoiceTask
+from ssmtune.tasks.choice import ChoiceTask, first_token_logits
 
 # The first three begin alike, and one is the beginning of another.
 CHOICES = (" import", " importlib", " imp", " xml", " 7")
@@ -27,10 +27,10 @@ def test_predict_equals_scoring_every_choice(task, byte_model, byte_tokenizer):
     assert task.predict(byte_model, byte_tokenizer, prompts, batch_size=32) == expected
 
 
-def test_predict_bounds_are_first_token_probabilities(task, byte_model, byte_tokenizer):
+def test_first_token_logits_are_those_of_each_prompt_alone(task, byte_model, byte_tokenizer):
     prompts = [example.prompt for example in task.test]
-    bounds = task._first_token_bounds(byte_model, byte_tokenizer, prompts, batch_size=3)
-    for row, prompt in zip(bounds, prompts, strict=True):
+    logits, log_total = first_token_logits(byte_model, byte_tokenizer, prompts, CHOICES, task.max_length, batch_size=3)
+    for row, prompt in zip(logits - log_total[:, None], prompts, strict=True):
         alone = byte_model(**byte_tokenizer(prompt, return_tensors="pt")).logits[0, -1].log_softmax(-1)
         first = [byte_tokenizer(choice)["input_ids"][0] for choice in CHOICES]
         assert row.tolist() == pytest.approx(alone[first].tolist(), abs=1e-4)

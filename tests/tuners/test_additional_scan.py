@@ -32,7 +32,7 @@ def test_it_is_a_second_scan_of_the_same_input(model, make_nonzero, assert_close
     make_nonzero(model, std=0.5)
     mixer = find_mixers(model)[0][1]
     layer, seen = mixer.scan_adapter, {}
-    scan = ssmtune.ops.selective_scan
+    scan = type(mixer).scan_operator
 
     def watched(u, delta, *args, **kwargs):
         seen.update(u=u, delta=delta, bias=kwargs["delta_bias"], z=kwargs["z"])
@@ -40,7 +40,7 @@ def test_it_is_a_second_scan_of_the_same_input(model, make_nonzero, assert_close
         return seen["y"]
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(ssmtune.ops, "selective_scan", watched)
+        patch.setattr(type(mixer), "scan_operator", staticmethod(watched))
         hidden = torch.randn(2, 7, 32)
         mixer(hidden)
         added = seen["y"]
