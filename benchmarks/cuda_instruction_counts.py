@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import sass
@@ -50,7 +50,6 @@ class Kernel:
         bounds: instructions at most, by a pattern of the beginning of the case.
         crowded: a pattern of targets and cases that may need all the registers there are: those of many states, and
             those of which the shared memory of an SM holds one block.
-        spills: instructions on local memory that are put up with, by a pattern of the beginning of the case.
     """
 
     op: str
@@ -62,7 +61,6 @@ class Kernel:
     loop: str | None = None
     bounds: Mapping[str, float] = field(default_factory=dict)
     crowded: str = "never"
-    spills: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def registers(self) -> int:
@@ -100,7 +98,7 @@ KERNELS = {
     "selective_scan_fwd_kernel": Kernel(
         *("selective_scan", 128, 4, ("states", "lanes", "offset"), "(b,d,t,n)", (2, "states"), "main"),
         {"bfloat16, 16 states, 1 lanes$": 8.5, "bfloat16, 16 states, 1 lanes, offset": 9.5},
-        *("(2|4|8|16) lanes", {"float32, 16 states, 16 lanes$": 3}),
+        "(2|4) lanes",
     ),
     "selective_scan_bwd_kernel": Kernel(
         *("selective_scan", 256, 2, ("states", "lanes", "offset"), "(b,d,t,n)", (32, None), "all"),
@@ -109,7 +107,6 @@ KERNELS = {
     ),
     "segment_kernel": Kernel(
         *("selective_scan", 128, 4, ("states", "lanes", "reverse"), "(b,d,t,n)", (1, "states"), "main"),
-        spills={"float(16|32), 16 states, 8 lanes": 4},
     ),
     "join_segments_kernel": Kernel("selective_scan", 128, 8, ("reverse",), "(b,d,n)"),
     "sum_shares_kernel": Kernel("selective_scan", 128, 8, per="(d,n)"),
@@ -196,8 +193,7 @@ def demangle(mangled: str) -> tuple[str, str, list[int]]:
 def faults(row: Row) -> list[str]:
     """What is wrong with a kernel, in words."""
     kernel = KERNELS[row.kernel]
-    allowed = next((spills for pattern, spills in kernel.spills.items() if re.match(pattern, row.case)), 0)
-    found = (replace(row, spills=0, stack=0) if row.spills <= allowed else row).faults
+    found = row.faults
     if row.registers > kernel.registers and not re.search(kernel.crowded, f"{row.target}, {row.case}"):
         found.append(
             f"{row.kernel}, {row.op} {row.case}, {row.target}: {row.registers} registers, "

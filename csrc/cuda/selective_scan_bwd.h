@@ -29,7 +29,7 @@ struct BackwardTile {
   alignas(16) float g[kChannels][kColumn];
   alignas(16) float B[kChunk][kPadded];
   alignas(16) float C[kChunk][kPadded];
-  alignas(16) float parameters[kChannels][4];  // D, delta_bias, output_offset, and 1 where there is a channel
+  alignas(16) float parameters[kChannels][4];  // D, delta_bias and output_offset, in a quad
   alignas(16) float channel_sums[kChannels * kOwners][4];  // for dD, ddelta_bias and doutput_offset
   alignas(16) float offset[kQuads][kThreads][4];
   // The state before each tile. Once a tile is done with, there and in the place after it: sums over some channels of what the
@@ -151,7 +151,6 @@ __global__ void __launch_bounds__(backward_threads(kStates), backward_blocks<T>(
   if (own.lane == 0) {
     tile.parameters[slot][0] = p.D && valid() ? p.D[channel()] : 0.0f;
     tile.parameters[slot][1] = p.delta_bias && valid() ? p.delta_bias[channel()] : 0.0f;
-    tile.parameters[slot][3] = valid() ? 1.0f : 0.0f;
   }
   const float zeros[kStates] = {};
   store_quads<kQuads>(tile.state[Tile::kA], thread, zeros);

@@ -11,6 +11,10 @@ namespace ssmtune::cuda {
 __device__ __forceinline__ int64_t divide(int64_t x, int64_t y) { return static_cast<uint32_t>(x) / static_cast<uint32_t>(y); }
 __device__ __forceinline__ int64_t remainder(int64_t x, int64_t y) { return static_cast<uint32_t>(x) % static_cast<uint32_t>(y); }
 
+// Blocks that an SM must have registers for, in the forward scan and the first pass over segments; 0 leaves it to the compiler.
+// Of many lanes it makes room for up to 8 and spills, while shared memory has room for 2 to 6.
+constexpr int forward_blocks(int lanes) { return lanes < 8 ? 0 : 4; }
+
 // The steps [begin, end) of one row: all of them, or a segment.
 struct Piece {
   int64_t row, batch, row_begin, row_end, begin, end;

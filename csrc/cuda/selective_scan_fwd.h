@@ -15,7 +15,7 @@ struct ForwardTile {
 };
 
 template <typename T, int kStates, int kLanes, bool kOffset>
-__global__ void __launch_bounds__(kScanThreads)
+__global__ void __launch_bounds__(kScanThreads, forward_blocks(kLanes))
     selective_scan_fwd_kernel(const SelectiveScanForward p, const ScanLayout layout, const SegmentStates segments,
                               const __grid_constant__ SequenceTensors<3> inputs,
                               const __grid_constant__ SequenceTensors<1> output) {

@@ -29,7 +29,7 @@ struct SegmentTile {
 
 // h = a h + dt u B, or, with kReverse, h = a (h + C g).
 template <typename T, int kStates, int kLanes, bool kReverse>
-__global__ void __launch_bounds__(kScanThreads)
+__global__ void __launch_bounds__(kScanThreads, forward_blocks(kLanes))
     segment_kernel(const SelectiveScanParams p, const ScanLayout layout, const SegmentStates segments,
                    const __grid_constant__ SequenceTensors<3> inputs) {
   using Tile = SegmentTile<T, kStates, kLanes>;
