@@ -16,6 +16,13 @@ VOCAB_SIZE = 8192
 SEED = 0
 # end-of-text is the one special token: it begins, ends and pads
 TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+TRANSFORMER = {
+    "hidden_size": 224,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 7,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
 
 
 def mamba() -> PreTrainedConfig:
@@ -37,27 +44,11 @@ def mamba2() -> PreTrainedConfig:
 
 
 def gpt_neox() -> PreTrainedConfig:
-    return GPTNeoXConfig(
-        hidden_size=224,
-        num_hidden_layers=6,
-        num_attention_heads=7,
-        intermediate_size=896,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        **TOKENS,
-    )
+    return GPTNeoXConfig(intermediate_size=896, **TRANSFORMER, **TOKENS)
 
 
 def llama() -> PreTrainedConfig:
-    return LlamaConfig(
-        hidden_size=224,
-        num_hidden_layers=6,
-        num_attention_heads=7,
-        intermediate_size=624,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        **TOKENS,
-    )
+    return LlamaConfig(intermediate_size=624, **TRANSFORMER, **TOKENS)
 
 
 ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {

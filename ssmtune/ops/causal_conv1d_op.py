@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ssmtune.ops import layout
 from ssmtune.ops.backends import implementation
+from ssmtune.ops.gradients import one_for_each, wanted_gradients
 from ssmtune.ops.reference import compute_dtype
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? cu_seqlens"
@@ -47,18 +48,12 @@ def _allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -
     return gradients
 
 
-def _wanted_gradients(inputs: tuple[Tensor | None, ...], gradients: list[Tensor | None]) -> list[Tensor]:
-    return [
-        gradient.to(tensor.dtype) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None
-    ]
-
-
 @torch.library.register_fake("ssmtune::causal_conv1d_bwd")
 def _fake_backward(
     dout, dfinal_states, x, weight, bias, initial_states, cu_seqlens, silu, wanted, backend
 ) -> list[Tensor]:
     inputs = (x, weight, bias, initial_states)
-    return _wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
+    return wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
 
 
 @torch.library.impl("ssmtune::causal_conv1d_bwd", "CompositeExplicitAutograd")
@@ -66,7 +61,7 @@ def _backward(dout, dfinal_states, *args) -> list[Tensor]:
     inputs, (silu, wanted, backend) = args[:5], args[5:]
     gradients = _allocate_gradients(inputs[:_DIFFERENTIABLE], wanted)
     implementation(backend).causal_conv1d_backward(dout, dfinal_states, inputs, silu, gradients)
-    return _wanted_gradients(inputs[:_DIFFERENTIABLE], gradients)
+    return wanted_gradients(inputs[:_DIFFERENTIABLE], gradients)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -81,10 +76,10 @@ def _autograd(ctx, dout, dfinal_states) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     if dout is None and dfinal_states is None:
         return (None,) * len(ctx.needs_input_grad)
-    computed = iter(
-        torch.ops.ssmtune.causal_conv1d_bwd(dout, dfinal_states, *ctx.saved_tensors, ctx.silu, wanted, ctx.backend)
+    computed = torch.ops.ssmtune.causal_conv1d_bwd(
+        dout, dfinal_states, *ctx.saved_tensors, ctx.silu, wanted, ctx.backend
     )
-    return *(next(computed) if is_wanted else None for is_wanted in wanted), None, None, None, None
+    return *one_for_each(computed, wanted), None, None, None, None
 
 
 torch.library.register_autograd("ssmtune::causal_conv1d_fwd", _autograd, setup_context=_setup_context)

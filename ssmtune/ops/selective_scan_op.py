@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmtune.ops import layout
 from ssmtune.ops.backends import implementation
+from ssmtune.ops.gradients import one_for_each, wanted_gradients
 from ssmtune.ops.reference import compute_dtype, grouped, has_rows
 from ssmtune.ops.reference_backward import state_offset_gradient
 
@@ -83,16 +84,10 @@ def allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) ->
     return gradients
 
 
-def _wanted_gradients(inputs: tuple[Tensor | None, ...], gradients: list[Tensor | None]) -> list[Tensor]:
-    return [
-        gradient.to(tensor.dtype) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None
-    ]
-
-
 @torch.library.register_fake("ssmtune::selective_scan_bwd")
 def _fake_backward(dout, dlast_state, *args) -> list[Tensor]:
     inputs, wanted = args[:-5], args[-2]
-    return _wanted_gradients(inputs, allocate_gradients(inputs, wanted))
+    return wanted_gradients(inputs, allocate_gradients(inputs, wanted))
 
 
 @torch.library.impl("ssmtune::selective_scan_bwd", "CompositeExplicitAutograd")
@@ -102,7 +97,7 @@ def _backward(dout, dlast_state, *args) -> list[Tensor]:
     implementation(backend).selective_scan_backward(
         dout, dlast_state, inputs, cu_seqlens, chunk_states, delta_softplus, gradients
     )
-    return _wanted_gradients(inputs, gradients)
+    return wanted_gradients(inputs, gradients)
 
 
 def needs_scan(inputs: Sequence[Tensor | None], wanted: Sequence[bool], cu_seqlens: Tensor | None) -> bool:
@@ -140,12 +135,10 @@ def _autograd(ctx, dout, dlast_state, _) -> tuple[Tensor | None, ...]:
         gradients = [None] * len(INPUTS)
     else:
         *inputs, cu_seqlens, chunk_states = ctx.saved_tensors
-        computed = iter(
-            torch.ops.ssmtune.selective_scan_bwd(
-                *(dout, dlast_state, *inputs, cu_seqlens, chunk_states, ctx.delta_softplus, wanted, ctx.backend)
-            )
+        computed = torch.ops.ssmtune.selective_scan_bwd(
+            *(dout, dlast_state, *inputs, cu_seqlens, chunk_states, ctx.delta_softplus, wanted, ctx.backend)
         )
-        gradients = [next(computed) if is_wanted else None for is_wanted in wanted]
+        gradients = one_for_each(computed, wanted)
     return *gradients, None, None, None, None
 
 

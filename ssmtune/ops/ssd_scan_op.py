@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssmtune.ops.gradients import one_for_each, wanted_gradients
 from ssmtune.ops.reference import compute_dtype
 from ssmtune.ops.ssd_scan_backends import ssd_backend
 
@@ -63,16 +64,10 @@ def _allocate_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -
     ]
 
 
-def _wanted_gradients(inputs: tuple[Tensor | None, ...], gradients: list[Tensor | None]) -> list[Tensor]:
-    return [
-        gradient.to(tensor.dtype) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None
-    ]
-
-
 @torch.library.register_fake("ssmtune::ssd_scan_bwd")
 def _fake_backward(dout, dfinal_states, *args) -> list[Tensor]:
     inputs, wanted = args[:10], args[-2]
-    return _wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
+    return wanted_gradients(inputs, _allocate_gradients(inputs, wanted))
 
 
 @torch.library.impl("ssmtune::ssd_scan_bwd", "CompositeExplicitAutograd")
@@ -80,7 +75,7 @@ def _backward(dout, dfinal_states, *args) -> list[Tensor]:
     inputs, (cu_seqlens, chunk_states, *options, wanted, backend) = args[:10], args[10:]
     gradients = _allocate_gradients(inputs, wanted)
     ssd_backend(backend).backward(dout, dfinal_states, inputs, cu_seqlens, chunk_states, *options, gradients)
-    return _wanted_gradients(inputs, gradients)
+    return wanted_gradients(inputs, gradients)
 
 
 def needs_scan(inputs: Sequence[Tensor | None], wanted: Sequence[bool], cu_seqlens: Tensor | None) -> bool:
@@ -122,12 +117,10 @@ def _autograd(ctx, dout, dfinal_states, _) -> tuple[Tensor | None, ...]:
         gradients = [None] * len(INPUTS)
     else:
         *inputs, cu_seqlens, chunk_states = ctx.saved_tensors
-        computed = iter(
-            torch.ops.ssmtune.ssd_scan_bwd(
-                *(dout, dfinal_states, *inputs, cu_seqlens, chunk_states, *ctx.options, wanted, ctx.backend)
-            )
+        computed = torch.ops.ssmtune.ssd_scan_bwd(
+            *(dout, dfinal_states, *inputs, cu_seqlens, chunk_states, *ctx.options, wanted, ctx.backend)
         )
-        gradients = [next(computed) if is_wanted else None for is_wanted in wanted]
+        gradients = one_for_each(computed, wanted)
     return *gradients, None, None, None, None, None, None
 
 
