@@ -63,7 +63,7 @@ class SelectiveMixer(nn.Module):
         rows = hidden_states.shape[:2]
         hidden_states, pads, cu_seqlens = self.read_mask(hidden_states, cache, attention_mask)
         batch, seqlen, _ = hidden_states.shape
-        inputs = sum_state_inputs(self)
+        inputs = sum_state_inputs(self, cu_seqlens, rows[1])
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
 
         projected = self.in_proj(hidden_states)

@@ -29,7 +29,7 @@ class SsdMixer(SelectiveMixer):
         """Run the mixer as `SelectiveMixer.mix` does; the offsets enter before the gated norm."""
         rows = hidden_states.shape[:2]
         hidden_states, pads, cu_seqlens = self.read_mask(hidden_states, cache, attention_mask)
-        inputs = sum_state_inputs(self).of_rows()
+        inputs = sum_state_inputs(self, cu_seqlens, rows[1]).of_rows()
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
         step = hidden_states.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
 

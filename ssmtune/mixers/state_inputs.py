@@ -50,6 +50,12 @@ class StateInputs:
         stacks = self._tensors()
         return StateInputs(*(None if stack is None else gather_rows(stack, self.adapter_index) for stack in stacks))
 
+    def of_sequences(self, cu_seqlens: Tensor, seqlen: int) -> StateInputs:
+        """The same for sequences packed into rows of so many tokens, each with the adapter of its row."""
+        if self.adapter_index is None:
+            return self
+        return replace(self, adapter_index=self.adapter_index[cu_seqlens[:-1] // seqlen])
+
     def of_states(self, dstate: int) -> StateInputs:
         """The same for so many states, of which it leaves the last as they are."""
 
@@ -105,9 +111,11 @@ def adapters_of(mixer: nn.Module) -> list[StateAdapter]:
     return [child for child in mixer.children() if isinstance(child, StateAdapter)]
 
 
-def sum_state_inputs(mixer: nn.Module) -> StateInputs:
-    """The sum of what the adapters among the children of a mixer add."""
+def sum_state_inputs(mixer: nn.Module, cu_seqlens: Tensor | None = None, seqlen: int = 0) -> StateInputs:
+    """The sum of what the adapters among the children of a mixer add, to rows or to what is packed into rows."""
     inputs = [adapter.state_inputs() for adapter in adapters_of(mixer)]
+    if cu_seqlens is not None:
+        inputs = [each.of_sequences(cu_seqlens, seqlen) for each in inputs]
     return reduce(add, inputs) if inputs else StateInputs()
 
 

@@ -178,11 +178,15 @@ class MixerTunerModel(BaseTuner):
                 f"adapter_names has {unknown[0]!r}, which is no adapter of {type(self).__name__} here.\n"
                 f"  Pass one of {', '.join(own)} for each row, or '__base__'."
             )
-        if self.training or any(own[name].modules_to_save for name in set(names) - {"__base__"}):
+        if any(own[name].modules_to_save for name in set(names) - {"__base__"}):
             raise ValueError(
-                "adapter_names is for inference with adapters alone: "
-                + ("the model is in training mode.\n" if self.training else "one of these has modules_to_save.\n")
-                + "  Call model.eval(), or run one batch per adapter, with set_adapter before each."
+                "adapter_names is for adapters alone, and one of these has modules_to_save.\n"
+                "  Run one batch per adapter, with set_adapter before each."
+            )
+        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+            raise ValueError(
+                "adapter_names cannot be trained with under gradient checkpointing: layers run again without them.\n"
+                "  Call gradient_checkpointing_disable(), or run one batch per adapter, with set_adapter before each."
             )
         # generate repeats each row as often.
         settings = vars(kwargs["generation_config"]) | kwargs if kwargs.get("generation_config") else kwargs

@@ -174,7 +174,7 @@ class StateTunerLayer(MixerTunerLayer):
         adapters = sorted(self.available_adapters.intersection(row_adapters))
         stacks = {}
         for kind, field in self.kinds.items():
-            values = [self.value(kind, name) for name in adapters]
+            values = [self.value(kind, name, self.training) for name in adapters]
             known = next((value for value in values if value is not None), None)
             if known is not None:
                 values = [torch.zeros_like(known) if value is None else value for value in values]

@@ -101,6 +101,14 @@ def test_left_pads(model, rows, logits):
         torch.testing.assert_close(actual[index][kept], expected)
 
 
+def test_what_is_packed_into_a_row_has_its_adapter(tiny_mamba, make_state_config, make_nonzero, rows, logits):
+    model = build(tiny_mamba, [make_state_config() for _ in range(2)], make_nonzero)
+    positions = torch.tensor([*range(4), *range(5)]).expand(4, -1)
+    actual = logits(model, rows, position_ids=positions, adapter_names=NAMES, use_cache=False)
+    for part in (slice(0, 4), slice(4, 9)):
+        torch.testing.assert_close(actual[:, part], apart(model, rows[:, part], lambda row: logits(model, row)))
+
+
 @pytest.mark.parametrize(
     "configs",
     [
@@ -122,8 +130,10 @@ def test_errors_and_no_trace_of_them(model, rows, logits, make_config):
         logits(model, rows, adapter_names=["one", "none", "two", "one"])
     with pytest.raises(ValueError, match="adapter_names has 2 names for 4 rows"):
         logits(model, rows, adapter_names=["one", "two"])
-    with pytest.raises(ValueError, match="training mode"):
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cannot be trained with under gradient checkpointing"):
         logits(model.train(), rows, adapter_names=NAMES)
+    model.gradient_checkpointing_disable()
     model.eval().add_adapter("norm", make_config(modules_to_save=["norm_f"]))
     with pytest.raises(ValueError, match="has modules_to_save"):
         logits(model, rows, adapter_names=["norm"] * 4)
