@@ -18,6 +18,7 @@ _HOME = {
     "selective_scan": "ops",
     "selective_state_update": "ops",
     "ssd_scan": "ops",
+    "gated_delta_rule": "ops",
     "causal_conv1d": "ops",
     "causal_conv1d_update": "ops",
     "backend": "ops",
