@@ -31,7 +31,8 @@ class ComparisonConfig:
         model: base model of all methods.
         tasks, methods, seeds: what is crossed; all three can grow later in the same directory.
         steps: optimizer steps of a final run.
-        search_steps: optimizer steps of a run of the learning-rate search; a third of `steps` by default.
+        task_steps: other numbers of them, by task.
+        search_steps: optimizer steps of a run of the learning-rate search; by default a third of those of a final run.
         lr_factors: the grid, as multiples of each method's default learning rate.
         search_seeds: runs per learning rate in the search.
         batch_size, warmup, autocast: as in TrainConfig.
@@ -50,6 +51,7 @@ class ComparisonConfig:
     methods: list[str] = field(default_factory=lambda: list(CORE_METHODS))
     seeds: int = 5
     steps: int = 300
+    task_steps: dict[str, int] = field(default_factory=dict)
     search_steps: int | None = None
     # Upwards only: the default rates are those of thousands of steps on large models, and few steps on a small one want
     # rates many times as high, most of all for the state-based methods.
@@ -73,9 +75,11 @@ class ComparisonConfig:
         self.__dict__.update(state)
         self.__post_init__()
 
-    @property
-    def steps_of_search(self) -> int:
-        return self.search_steps or max(1, self.steps // 3)
+    def final_steps(self, task: str) -> int:
+        return self.task_steps.get(task, self.steps)
+
+    def steps_of_search(self, task: str) -> int:
+        return self.search_steps or max(1, self.final_steps(task) // 3)
 
     def learning_rates(self, method: str) -> list[float]:
         """The grid of a method, to two digits."""
@@ -95,9 +99,16 @@ class ComparisonConfig:
                 problems.append(f"{key} is empty")
             if twice := sorted({str(value) for value in values if values.count(value) > 1}):
                 problems.append(f"{key}: {', '.join(twice)} is given twice")
-        for key in ("seeds", "steps", "steps_of_search", "search_seeds", "batch_size", "evaluations"):
-            if getattr(self, key) < 1:
-                problems.append(f"{key}: expected at least 1, got {getattr(self, key)}")
+        problems += [
+            f"task_steps has {n!r}, which is none of the tasks{nearest(n, self.tasks) or ': ' + ', '.join(self.tasks)}"
+            for n in self.task_steps
+            if n not in self.tasks
+        ]
+        counts = {key: getattr(self, key) for key in ("seeds", "steps", "search_seeds", "batch_size", "evaluations")}
+        counts |= {f"steps of {task}": count for task, count in self.task_steps.items()}
+        if self.search_steps is not None:
+            counts["search_steps"] = self.search_steps
+        problems += [f"{key}: expected at least 1, got {count}" for key, count in counts.items() if count < 1]
         if any(not (math.isfinite(factor) and factor > 0) for factor in self.lr_factors):
             problems.append(f"lr_factors: expected positive numbers, got {self.lr_factors}")
         if not 0 <= self.warmup <= 1:
@@ -169,6 +180,8 @@ def _description(runner: CellRunner) -> dict[str, Any]:
             "description": task.description,
             "choices": len(task.choices),
             "sizes": task.sizes(),
+            "steps": config.final_steps(name),
+            "search_steps": config.steps_of_search(name),
             "fingerprint": task.fingerprint(),
             "example": task.dev[0].prompt,
         }
@@ -184,7 +197,7 @@ def _description(runner: CellRunner) -> dict[str, Any]:
     }
     return {
         "format": FORMAT,
-        "config": asdict(config) | {"search_steps": config.steps_of_search},
+        "config": asdict(config),
         "model_fingerprint": runner.fingerprint,
         "tasks": tasks,
         "methods": methods,

@@ -24,7 +24,9 @@ FILE = "comparison.json"
 OWN = (FILE, "report.md", "report.html", "results.csv", "cells", "adapters", "pictures")
 # Everything else in the configuration must be the same for all runs of a comparison.
 MAY_GROW = ("tasks", "methods", "seeds")
-MAY_DIFFER = ("data_dir", "model")
+# Each task has its own, and is held to them.
+STEPS = ("steps", "search_steps", "task_steps")
+MAY_DIFFER = ("data_dir", "model", *STEPS)
 
 
 @contextmanager
@@ -89,6 +91,9 @@ def read_description(out: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         if description["format"] == FORMAT:
+            for task in description["tasks"].values():  # before tasks had steps of their own
+                for key in ("steps", "search_steps"):
+                    task.setdefault(key, description["config"][key])
             return description
         problem = f"has format {description['format']}, this version reads {FORMAT}"
     except FileNotFoundError:
@@ -113,8 +118,13 @@ def _differences(there: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]
             lines.append(f"{key}: {there['config'].get(key)} there, {value} now")
     for name, task in mine["tasks"].items():
         known = there["tasks"].get(name)
-        if known is not None and known["fingerprint"] != task["fingerprint"]:
+        if known is None:
+            continue
+        if known["fingerprint"] != task["fingerprint"]:
             lines.append(f"examples of {name}: other texts (sizes {known['sizes']} there, {task['sizes']} now)")
+        for key in ("steps", "search_steps"):
+            if known[key] != task[key]:
+                lines.append(f"{key} of {name}: {known[key]} there, {task[key]} now")
     for name, method in mine["methods"].items():
         known = there["methods"].get(name)
         if known is not None and known["learning_rates"] != method["learning_rates"]:

@@ -35,6 +35,8 @@ class TaskSummary:
     description: str
     choices: int
     sizes: dict[str, int]
+    steps: int
+    search_steps: int
     example: str
     rows: list[MethodRow]
     reference: str | None
@@ -127,6 +129,8 @@ def _task_summary(name: str, task: Mapping, description: Mapping, records: Seque
         description=task["description"],
         choices=task["choices"],
         sizes=task["sizes"],
+        steps=task["steps"],
+        search_steps=task["search_steps"],
         example=task["example"],
         rows=rows,
         reference=None,

@@ -31,7 +31,7 @@ def planned_cells(config: ComparisonConfig) -> list[Cell]:
         cells.append(Cell(task, "base", "base"))
         cells += [cell for method in config.methods for cell in search_cells(config, task, method)]
         cells += [
-            Cell(task, method, "final", None, seed, config.steps)
+            Cell(task, method, "final", None, seed, config.final_steps(task))
             for seed in range(config.seeds)
             for method in config.methods
         ]
@@ -44,7 +44,7 @@ def search_cells(config: ComparisonConfig, task: str, method: str) -> list[Cell]
     if len(rates) == 1:
         return []
     seeds = range(SEARCH_SEED, SEARCH_SEED + config.search_seeds)
-    return [Cell(task, method, "search", lr, seed, config.steps_of_search) for lr in rates for seed in seeds]
+    return [Cell(task, method, "search", lr, seed, config.steps_of_search(task)) for lr in rates for seed in seeds]
 
 
 class Sweep:

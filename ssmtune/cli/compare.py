@@ -69,8 +69,10 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="the files of tasks that read any")
     parser.add_argument("--methods", metavar="M,M", help=f"default: those of {','.join(config.methods)} that fit")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"final runs per method (default: {config.seeds})")
-    parser.add_argument("--steps", type=int, metavar="N", help=f"steps of a final run (default: {config.steps})")
-    parser.add_argument("--search-steps", type=int, metavar="N", help="steps of a search run (default: --steps / 3)")
+    parser.add_argument(
+        "--steps", metavar="N", help=f"steps of a final run, as N or N,TASK=N,TASK=N (default: {config.steps})"
+    )
+    parser.add_argument("--search-steps", type=int, metavar="N", help="steps of a search run (default: a third)")
     parser.add_argument("--search-seeds", type=int, metavar="N", help="runs per rate in the search (default: 2)")
     parser.add_argument(
         "--lr-grid",
@@ -153,7 +155,6 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
         "model": args.model,
         "data_dir": args.data_dir,
         "seeds": args.seeds,
-        "steps": args.steps,
         "search_steps": args.search_steps,
         "search_seeds": args.search_seeds,
         "batch_size": args.batch_size,
@@ -168,6 +169,7 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
         "imports": _names(args.imports),
         "lr_factors": _numbers(args.lr_grid),
         "limit": _limit(args.limit),
+        **_steps(args.steps),
     }
     values |= {key: value for key, value in flags.items() if value is not None}
     return dataclasses.replace(ComparisonConfig(), **values)
@@ -192,6 +194,25 @@ def _numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"--lr-grid: expected numbers such as 0.333,1,3, got {text!r}.") from None
+
+
+def _steps(text: str | None) -> dict[str, Any]:
+    """The fields that `--steps 100,sst2=400` sets."""
+    if text is None:
+        return {}
+    fields: dict[str, Any] = {"task_steps": {}}
+    for part in text.split(","):
+        task, _, number = (piece.strip() for piece in part.rpartition("="))
+        if not number.isdigit():
+            raise ConfigError(
+                f"--steps: {part.strip()!r} is not understood.\n"
+                "  Give a number of steps, and others for single tasks: 100,sst2=400."
+            )
+        if task:
+            fields["task_steps"][task] = int(number)
+        else:
+            fields["steps"] = int(number)
+    return fields
 
 
 def _limit(text: str | None) -> dict[str, int] | None:

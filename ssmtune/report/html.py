@@ -86,8 +86,9 @@ def _lead(studies: Sequence[Study]) -> str:
         config, summary = study.summary.config, study.summary
         failed = f", {summary.failed} of them failed" if summary.failed else ""
         named = f"{study.name}: " if len(studies) > 1 else ""
+        steps = " or ".join(f"{count:,}" for count in sorted({task.steps for task in summary.tasks}))
         sentences.append(
-            f"{named}{len(config['methods'])} methods, {config['seeds']} seeds, {config['steps']:,} steps each after "
+            f"{named}{len(config['methods'])} methods, {config['seeds']} seeds, {steps} steps each after "
             f"the same learning-rate search; {summary.runs} runs{failed}."
         )
     return " ".join(sentences)

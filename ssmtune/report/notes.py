@@ -48,8 +48,8 @@ def conditions(summary: Summary, task: TaskSummary) -> list[str]:
     lines = [
         f"Task: {task.description}.",
         f"Examples: {sizes['train']:,} to train on, {sizes['dev']:,} dev, {sizes['test']:,} test.",
-        f"Model: {config['model']}. Every method: {config['steps']:,} steps of {config['batch_size']} examples "
-        f"({config['steps'] * config['batch_size'] / sizes['train']:.1f} passes over the training examples), AdamW"
+        f"Model: {config['model']}. Every method: {task.steps:,} steps of {config['batch_size']} examples "
+        f"({task.steps * config['batch_size'] / sizes['train']:.1f} passes over the training examples), AdamW"
         f"{' in bfloat16 autocast' if config['autocast'] else ''}, "
         f"learning rate rising over {100 * config['warmup']:.0f} % of the steps, then falling linearly to 0; the last "
         "weights are measured; for one seed all methods see the same batches.",
@@ -57,7 +57,7 @@ def conditions(summary: Summary, task: TaskSummary) -> list[str]:
     factors = ", ".join(f"{factor:.3g}" for factor in config["lr_factors"])
     if len(config["lr_factors"]) > 1:
         lines.append(
-            f"Learning rates: for every method its default times {factors}, {config['search_steps']:,} steps each with "
+            f"Learning rates: for every method its default times {factors}, {task.search_steps:,} steps each with "
             f"{config['search_seeds']} seed{'s' if config['search_seeds'] > 1 else ''} of the search's own; the rate "
             "of the lowest dev loss is picked."
         )

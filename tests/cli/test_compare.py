@@ -74,6 +74,9 @@ def test_resolve_lays_flags_over_the_preset():
     config = resolve(parsed("m", "--preset", "demo", "--steps", "7", "--methods", "lora, full", "--lr-grid", "0.5,2"))
     assert (config.model, config.steps, config.methods, config.lr_factors) == ("m", 7, ["lora", "full"], [0.5, 2.0])
     assert config.seeds == resolve(parsed("--preset", "demo")).seeds >= 2
+    config = resolve(parsed("--steps", "7,sst2=9"))
+    assert (config.steps, config.task_steps) == (7, {"sst2": 9})
+    assert resolve(parsed("--steps", "sst2=9")).steps == resolve(parsed()).steps
     assert resolve(parsed("--limit", "5")).limit == {"train": 5, "dev": 5, "test": 5}
     assert resolve(parsed("--limit", "train=9,test=3")).limit == {"train": 9, "test": 3}
 
@@ -96,6 +99,8 @@ def test_measures_are_chosen():
         (["--task", "docstring-pakage"], "task 'docstring-pakage' is unknown; did you mean 'docstring-package'"),
         (["--limit", "tran=5"], "'tran=5' is not understood; did you mean 'train'"),
         (["--limit", "many"], "'many' is not understood"),
+        (["--steps", "sst2=few"], "--steps: 'sst2=few' is not understood"),
+        (["--steps", "sst=9"], "task_steps has 'sst', which is none of the tasks"),
         (["--lr-grid", "fast"], "expected numbers such as 0.333,1,3, got 'fast'"),
         (["--task", "e2e"], "no --data-dir was given"),
         (["--task", "e2e", "--data-dir", "/nowhere"], "--data-dir /nowhere does not exist"),
@@ -161,7 +166,7 @@ def test_report_joins_several_and_refuses_what_is_no_comparison(finished, capsys
 def test_another_comparison_in_out_is_refused(finished, capsys):
     _, arguments = finished
     assert main([*arguments, "--steps", "3"]) == 2
-    assert "steps: 2 there, 3 now" in capsys.readouterr().err
+    assert "steps of files: 2 there, 3 now" in capsys.readouterr().err
 
 
 def test_interruption_says_how_to_go_on(finished, capsys, monkeypatch, tmp_path):

@@ -133,6 +133,8 @@ def fake(tmp_path):
                     "description": "a made-up task",
                     "choices": 8,
                     "sizes": {"train": 800, "dev": 64, "test": 256},
+                    "steps": 100,
+                    "search_steps": 30,
                     "fingerprint": "t",
                     "example": "Once",
                 }

@@ -12,7 +12,8 @@ from ssmtune.comparison import ComparisonConfig, run_comparison
 from ssmtune.config import ConfigError
 from ssmtune.methods import CORE_METHODS, METHODS
 from ssmtune.models import load_model, load_trained
-from ssmtune.sweep import pick
+from ssmtune.summary import summarize
+from ssmtune.sweep import pick, planned_cells
 from ssmtune.tasks import load_task
 
 
@@ -120,6 +121,18 @@ def test_methods_and_seeds_can_be_added(small, tmp_path):
     assert list(described["methods"]) == ["state-offset", "state-offset-y"] == described["config"]["methods"]
 
 
+def test_tasks_have_steps_of_their_own(small, tmp_path):
+    config = dataclasses.replace(small, tasks=["files", "docstring-package"], task_steps={"docstring-package": 9})
+    finals = {cell.task: cell.steps for cell in planned_cells(config) if cell.stage == "final"}
+    assert finals == {"files": 3, "docstring-package": 9}
+    out = tmp_path / "out"
+    small = dataclasses.replace(small, methods=["state-offset-y"], seeds=1, lr_factors=[1.0])
+    run_comparison(dataclasses.replace(small, steps=2, task_steps={"files": 3}), out)
+    run_comparison(small, out)  # the same steps, said in another way
+    assert records(out)["files--state-offset-y--final-seed0"]["train_info"]["steps"] == 3
+    assert [task.steps for task in summarize(out).tasks] == [3]
+
+
 def test_an_interrupted_sweep_goes_on(small, tmp_path, monkeypatch):
     out, train, calls = tmp_path / "out", cell_runs.train, []
     small = dataclasses.replace(small, methods=["state-offset", "state-offset-y"], seeds=1)
@@ -194,7 +207,7 @@ def test_another_comparison_in_the_directory_is_named(small, tmp_path, tiny_chec
     small = dataclasses.replace(small, methods=["state-offset-y"], seeds=1, lr_factors=[1.0])
     run_comparison(small, out)
     other = dataclasses.replace(small, steps=5, batch_size=2)
-    with pytest.raises(ConfigError, match="(?s)steps: 3 there, 5 now.*batch_size: 3 there, 2 now.*--overwrite"):
+    with pytest.raises(ConfigError, match="(?s)batch_size: 3 there, 2 now.*steps of files: 3 there, 5 now.*over"):
         run_comparison(other, out)
     moved = tmp_path / "moved"
     model, tokenizer = load_model(str(tiny_checkpoint))
@@ -222,7 +235,9 @@ def test_a_directory_of_something_else_is_left_alone(small, tmp_path):
 
 
 def test_config_problems_are_named_together():
-    config = ComparisonConfig(methods=["lorra", "full", "full"], tasks=["e2"], seeds=0, lr_factors=[1.0, -1.0])
+    config = ComparisonConfig(
+        methods=["lorra", "full", "full"], tasks=["e2"], seeds=0, lr_factors=[1.0, -1.0], task_steps={"e": 0}
+    )
     with pytest.raises(ConfigError) as caught:
         config.check()
     message = str(caught.value)
@@ -231,6 +246,8 @@ def test_config_problems_are_named_together():
         "'e2' is unknown; did you mean 'e2e'",
         "full is given twice",
         "seeds: expected at least 1, got 0",
+        "task_steps has 'e', which is none of the tasks",
+        "steps of e: expected at least 1, got 0",
         "lr_factors: expected positive numbers",
     ):
         assert part in message
