@@ -33,6 +33,8 @@ _HOME = {
     "load_adapters": "tuners.several",
     "initial_state_from_text": "tuners.initial_state",
     "starting_cache": "tuners.initial_state",
+    "from_mamba_ssm": "conversion",
+    "to_mamba_ssm": "conversion",
     "check_gradients": "gradcheck",
     "ConfigError": "config",
 }

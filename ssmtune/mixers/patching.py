@@ -15,7 +15,7 @@ from .packing import install_packing, remove_packing
 from .selective_mixer import SelectiveMixer
 from .state_inputs import StateAdapter
 
-# The mixer classes of transformers by full name, so that recognising one imports none of them.
+# The mixer classes of transformers and of mamba_ssm by full name, so that recognising one imports none of them.
 _PATCHED_CLASSES = {
     "transformers.models.mamba.modeling_mamba.MambaMixer": "ssmtune.mixers.mamba.PatchedMambaMixer",
     "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": (
@@ -33,6 +33,8 @@ _PATCHED_CLASSES = {
     "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": (
         "ssmtune.mixers.granitemoehybrid.PatchedGraniteMoeHybridMambaLayer"
     ),
+    "mamba_ssm.modules.mamba_simple.Mamba": "ssmtune.mixers.mamba_ssm_mamba.PatchedMamba",
+    "mamba_ssm.modules.mamba2.Mamba2": "ssmtune.mixers.mamba_ssm_mamba2.PatchedMamba2",
 }
 
 RECOMPUTE = ("nothing", "cheap", "scan")
@@ -111,13 +113,13 @@ def patch(model: nn.Module, *, recompute: str | None = None) -> PatchSummary:
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give the mixers of this model back to transformers.
+    """Give the mixers of this model back to the library they are of.
 
     Returns:
         How many were patched.
 
     Raises:
-        ValueError: a mixer carries adapters, which transformers would silently ignore.
+        ValueError: a mixer carries adapters, which without the patch it would silently ignore.
     """
     mixers = [module for _, module in find_mixers(model) if isinstance(module, SelectiveMixer)]
     for mixer in mixers:
@@ -162,7 +164,7 @@ def patch_mixer(module: nn.Module) -> bool:
 
 
 def unpatch_mixer(module: nn.Module) -> bool:
-    """Give one mixer back to transformers.
+    """Give one mixer back to the library it is of.
 
     Returns:
         Whether it changed: False when it was not patched.
@@ -204,7 +206,7 @@ def _check_unpatchable(mixer: nn.Module) -> None:
     if adapters:
         raise ValueError(
             f"cannot unpatch {type(mixer).__name__}: it carries the adapters {', '.join(adapters)}.\n"
-            "  The mixer of transformers would ignore them. Unload them first, as with `model = model.unload()`."
+            "  The mixer without a patch would ignore them. Unload them first, as with `model = model.unload()`."
         )
     if _full_name(type(mixer)) not in _PATCHED_CLASSES.values():
         raise ValueError(
@@ -238,7 +240,10 @@ def _nothing_to_patch(model: nn.Module, skipped: dict[str, str]) -> str:
 
 
 def _supported() -> str:
-    return f"{', '.join(full.rpartition('.')[2] for full in _PATCHED_CLASSES)} of transformers"
+    names: dict[str, list[str]] = {}
+    for full in _PATCHED_CLASSES:
+        names.setdefault(full.partition(".")[0], []).append(full.rpartition(".")[2])
+    return "; ".join(f"{', '.join(classes)} of {library}" for library, classes in names.items())
 
 
 def _full_name(cls: type) -> str:

@@ -84,7 +84,7 @@ class SsdMixer(SelectiveMixer):
         return self.scan(
             made,
             x.unflatten(-1, heads), dt, self.state_matrix(),
-            B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1)), self.D,
+            B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1)), self.skip_weight(),
             z=None if gate is None else gate.unflatten(-1, heads), initial_states=state,
             state_offset=None if inputs.state_offset is None else inputs.state_offset.unflatten(-2, heads),
             output_offset=None if inputs.output_offset is None else inputs.output_offset.unflatten(-1, heads),
@@ -111,6 +111,10 @@ class SsdMixer(SelectiveMixer):
 
     def state_matrix(self) -> Tensor:
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def skip_weight(self) -> Tensor:
+        """D (num_heads,) or (num_heads, head_dim)."""
+        return self.D
 
     def scan_gate(self, gate: Tensor) -> Tensor | None:
         """The gate of the scan: none, for it is the norm after it that gates."""

@@ -136,8 +136,10 @@ class MixerTunerModel(BaseTuner):
     ) -> None:
         layer = target._modules.get(self.child_name)
         if layer is None:
+            # Before the layer is made: a patched mixer has the names of sizes that layers read.
+            patched = patch_mixer(target)
             layer = self.tuner_layer_cls(target)
-            layer.unpatch_on_removal = patch_mixer(target)
+            layer.unpatch_on_removal = patched
             target.add_module(self.child_name, layer)
         layer.update_layer(adapter_name, peft_config, target.A_log.device)
 

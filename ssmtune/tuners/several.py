@@ -16,7 +16,8 @@ def load_adapters(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftMo
 
     `save_pretrained` stores the adapters of all methods of a model: the one named "default" in the folder itself, each
     other one in a subfolder of its name. The first of each method is active afterwards, in alphabetical order after
-    "default"; further ones of a method are loaded beside it.
+    "default"; further ones of a method are loaded beside it. Adapters of a transformers Mamba fit the same model in
+    mamba_ssm, and the other way round.
 
     Args:
         model: the base model, changed in place.
@@ -43,11 +44,15 @@ def load_adapters(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftMo
         )
     wrappers: dict[str, PeftModel] = {}
     for name, path in places.items():
-        method = PeftConfig.from_pretrained(path).peft_type
+        config = PeftConfig.from_pretrained(path)
+        if not hasattr(model, "prepare_inputs_for_generation"):
+            # A model of mamba_ssm: what peft has for tasks is for models of transformers.
+            config.task_type = None
+        method = config.peft_type
         if method in wrappers:
             wrappers[method].load_adapter(path, name, **kwargs)
         else:
-            wrappers[method] = PeftModel.from_pretrained(model, path, adapter_name=name, **kwargs)
+            wrappers[method] = PeftModel.from_pretrained(model, path, adapter_name=name, config=config, **kwargs)
     return list(wrappers.values())[-1]
 
 
