@@ -35,6 +35,9 @@ _HOME = {
     "starting_cache": "tuners.initial_state",
     "from_mamba_ssm": "conversion",
     "to_mamba_ssm": "conversion",
+    "shared_prefix_logits": "prefix_sharing",
+    "dpo_loss": "dpo",
+    "PreferenceCollator": "dpo",
     "check_gradients": "gradcheck",
     "ConfigError": "config",
 }

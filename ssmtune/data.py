@@ -118,12 +118,21 @@ def encode(tokenizer, example: Example, max_length: int | None = None, *, add_eo
     return _join(tokenizer, prompt, _tokens(tokenizer, example.target), start, max_length, add_eos)
 
 
+def encode_target(tokenizer, target: str, max_length: int | None = None) -> list[int]:
+    """Tokens of a target and end of text, or as many of them as `max_length` leaves."""
+    return _ended(tokenizer, _tokens(tokenizer, target))[:max_length]
+
+
+def _ended(tokenizer, target: list[int]) -> list[int]:
+    return target if tokenizer.eos_token_id is None else [*target, tokenizer.eos_token_id]
+
+
 def _join(
     tokenizer, prompt: list[int], target: list[int], start: list[int], max_length: int | None, add_eos: bool
 ) -> Encoded:
     prompt = _never_empty(tokenizer, start + prompt)
-    if add_eos and tokenizer.eos_token_id is not None:
-        target = [*target, tokenizer.eos_token_id]
+    if add_eos:
+        target = _ended(tokenizer, target)
     prompt_cut = target_cut = 0
     if max_length is not None and len(prompt) + len(target) > max_length:
         # one token of context stays: the first token of the target has to be predicted from something

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,6 @@ from ssmtune.data import IGNORED
 def target_losses(model: nn.Module, batch: Mapping[str, Tensor], base: nn.Module | None = None) -> Tensor:
     """Cross-entropy of every labelled token in a batch padded on the right.
 
-    Prompts are most of a batch and the vocabulary is most of a small model, so logits are made only at positions where
-    some row has a label next.
-
     Args:
         model: what to call.
         batch: input_ids, attention_mask and labels, each (batch, seqlen).
@@ -25,22 +23,40 @@ def target_losses(model: nn.Module, batch: Mapping[str, Tensor], base: nn.Module
     Returns:
         (batch, positions) float32, zero where a row has no label.
     """
-    labels = batch["labels"][:, 1:]
-    positions = (labels != IGNORED).any(0).nonzero().squeeze(1)
-    inner = base if base is not None else model
-    options = {"use_cache": False}
-    selects = "logits_to_keep" in inspect.signature(_innermost(inner).forward).parameters
-    if selects:
-        options["logits_to_keep"] = positions + virtual_tokens(inner)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options).logits
-    if not selects:
-        logits = logits[:, positions + virtual_tokens(inner)]
-    labels = labels[:, positions]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return next_token_losses(model, batch["labels"][:, 1:], base, **inputs, use_cache=False)
+
+
+def next_token_losses(model: nn.Module, targets: Tensor, base: nn.Module | None = None, **inputs: Any) -> Tensor:
+    """Cross-entropy of the tokens that follow those of a call.
+
+    Prompts are most of a batch and the vocabulary is most of a small model, so logits are made only at positions where
+    some row has a label next.
+
+    Args:
+        model: what to call.
+        targets: (batch, seqlen) or shorter: what follows each token, -100 where nothing is to be learnt.
+        base: the model inside `model` if that is a wrapper of another kind, such as DistributedDataParallel.
+        inputs: what to call it with.
+
+    Returns:
+        (batch, positions) float32, zero where a row has no label.
+    """
+    positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
+    targets = targets[:, positions]
+    logits = logits_at(model, positions + virtual_tokens(model if base is None else base), base, **inputs)
     # two axes, the vocabulary last: with the vocabulary in the middle the softmax strides through memory
     losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.view_as(labels)
+    return losses.view_as(targets)
+
+
+def logits_at(model: nn.Module, positions: Tensor, base: nn.Module | None = None, **inputs: Any) -> Tensor:
+    """Logits (batch, positions, vocabulary) of a call at some positions, made there alone where the model can."""
+    if "logits_to_keep" in inspect.signature(innermost(model if base is None else base).forward).parameters:
+        return model(**inputs, logits_to_keep=positions).logits
+    return model(**inputs).logits[:, positions]
 
 
 def virtual_tokens(model: nn.Module) -> int:
@@ -51,7 +67,8 @@ def virtual_tokens(model: nn.Module) -> int:
     return config.num_virtual_tokens
 
 
-def _innermost(model: nn.Module) -> nn.Module:
+def innermost(model: nn.Module) -> nn.Module:
+    """The model of transformers in a model of peft."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

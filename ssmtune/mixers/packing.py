@@ -78,7 +78,7 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     cu_seqlens = find_sequences(kwargs, inputs.shape[0], inputs.shape[1])
     if cu_seqlens is None:
         return None
-    _check_patched(model)
+    check_patched(model, "packed sequences", "run them as one sequence")
 
     kwargs = {**kwargs, "use_cache": False}
     if not hybrid:
@@ -135,13 +135,17 @@ def _is_handed_down(attention_mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 1
 
 
-def _check_patched(model: nn.Module) -> None:
+def check_patched(model: nn.Module, given: str, otherwise: str) -> None:
+    """Refuse what a model is given if one of its mixers is transformers' own, which would do something else with it.
+
+    Raises:
+        ValueError: with the name of that mixer.
+    """
     for name, module in model.named_modules():
         if hasattr(module, "A_log") and not isinstance(module, SelectiveMixer):
             raise ValueError(
-                f"{type(model).__name__} got packed sequences, but {name} is not patched.\n"
-                "  The mixer of transformers would run them as one sequence. Patch all of the model with "
-                "ssmtune.patch(model)."
+                f"{type(model).__name__} got {given}, but {name} is not patched.\n"
+                f"  The mixer of transformers would {otherwise}. Patch all of the model with ssmtune.patch(model)."
             )
 
 
