@@ -38,6 +38,7 @@ _HOME = {
     "shared_prefix_logits": "prefix_sharing",
     "dpo_loss": "dpo",
     "PreferenceCollator": "dpo",
+    "chunked_backward": "long_inputs",
     "check_gradients": "gradcheck",
     "ConfigError": "config",
 }
