@@ -100,7 +100,9 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   p.z = memory.get(z, "z", channel_shape, dtype);
   p.B = memory.states(B, "B", state_shape, p.groups, dtype);
   p.C = memory.states(C, "C", state_shape, p.groups, dtype);
-  p.A = memory.get(A, "A", matrix_shape);
+  check_shape(A, "A", matrix_shape);
+  p.one_decay = A.stride(1) == 0;
+  p.A = p.one_decay ? memory.get(torch::stable::select(A, 1, 0), "A", {p.dim}) : memory.get(A, "A", matrix_shape);
   p.D = memory.get(D, "D", {p.dim});
   p.dt_bias = memory.get(dt_bias, "dt_bias", {p.dim});
   p.dt_softplus = dt_softplus;

@@ -123,8 +123,9 @@ struct SelectiveStateUpdate {
   float* state;  // (batch, dim, dstate)
   const void *x, *dt, *z;  // (batch, dim)
   const void *B, *C;       // (batch, groups, dstate): a group serves dim / groups channels
-  const float *A, *D, *dt_bias;
-  bool dt_softplus;
+  const float* A;  // (dim, dstate), or (dim,) with one_decay: all states of a channel decay alike
+  const float *D, *dt_bias;
+  bool one_decay, dt_softplus;
   ChannelParameter state_offset, output_offset;
   const int64_t* adapter_of_row;  // (batch,): the row of the offsets that each row reads, -1 for none; null for its own
   void* out;                      // (batch, dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,15 +31,19 @@ class SsdMixer(SelectiveMixer):
         """Run the mixer as `SelectiveMixer.mix` does; the offsets enter before the gated norm."""
         rows = hidden_states.shape[:2]
         hidden_states, pads, cu_seqlens = self.read_mask(hidden_states, cache, attention_mask)
-        inputs = sum_state_inputs(self, cu_seqlens, rows[1]).of_rows()
+        inputs = sum_state_inputs(self, cu_seqlens, rows[1])
         context, state = read_states(cache, self.layer_idx, self.conv_kernel_size)
         step = hidden_states.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
+        inputs = inputs.at_every_token() if step else inputs.of_rows()
 
         gate, x, dt = self.project(hidden_states)
         with Recomputation(self.recompute != "nothing") as made:
             u = self.convolve_tokens(made, x, context, inputs, cache, pads, cu_seqlens, step)
-            y, last_state = self.scan_heads(made, u, dt, pads, state, inputs, cu_seqlens, self.scan_gate(gate))
-        if cache is not None:
+            if step:
+                y = self.advance_heads(u[..., 0], dt[:, 0], pads, state, inputs, self.scan_gate(gate))
+            else:
+                y, last_state = self.scan_heads(made, u, dt, pads, state, inputs, cu_seqlens, self.scan_gate(gate))
+        if cache is not None and not step:
             cache.update_recurrent_state(last_state, self.layer_idx)
         out = self.out_proj(self.normalize(y.flatten(2), gate))
         return out if cu_seqlens is None else out.view(*rows, -1)
@@ -68,10 +74,8 @@ class SsdMixer(SelectiveMixer):
         Returns:
             (batch, seqlen, num_heads, head_dim), and the last state.
         """
-        inputs = inputs or StateInputs()
-        heads = self.num_heads, self.head_dim
-        states = self.n_groups * self.ssm_state_size
-        x, B, C = u.transpose(1, 2).split([self.intermediate_size, states, states], dim=-1)
+        inputs = self.by_heads(inputs or StateInputs())
+        x, B, C = self.split_convolved(u.transpose(1, 2))
         steps = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": tuple(self.time_step_limit)}
         if pads is not None:
             # A step of size zero: a pad neither enters the state nor lets it decay, also a learned initial state.
@@ -79,17 +83,62 @@ class SsdMixer(SelectiveMixer):
                 dt, steps = self.time_steps(dt).masked_fill(pads, 0), {}
             else:
                 dt = made.by(Tensor.masked_fill, dt, pads, CLOSED)
-        if state is None and inputs.initial_state is not None:
-            state = inputs.initial_state.unflatten(-2, heads)
         return self.scan(
             made,
-            x.unflatten(-1, heads), dt, self.state_matrix(),
-            B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1)), self.skip_weight(),
-            z=None if gate is None else gate.unflatten(-1, heads), initial_states=state,
-            state_offset=None if inputs.state_offset is None else inputs.state_offset.unflatten(-2, heads),
-            output_offset=None if inputs.output_offset is None else inputs.output_offset.unflatten(-1, heads),
+            x, dt, self.state_matrix(), B, C, self.skip_weight(), z=None if gate is None else gate.view_as(x),
+            initial_states=inputs.initial_state if state is None else state,
+            state_offset=inputs.state_offset, output_offset=inputs.output_offset,
             return_final_states=True, cu_seqlens=cu_seqlens, **steps,
         )  # fmt: skip
+
+    def advance_heads(
+        self,
+        u: Tensor,
+        dt: Tensor,
+        pads: Tensor | None,
+        state: Tensor,
+        inputs: StateInputs,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """`scan_heads` for one token, u (batch, conv_dim) and dt (batch, num_heads), which overwrites the state."""
+        inputs, dtype = self.by_heads(inputs), u.dtype
+        steps = {"dt_bias": self._of_channels(self.dt_bias), "dt_softplus": True}
+        if tuple(self.time_step_limit) != (0.0, math.inf):
+            # Which the operator does not know: it gets the steps as they are, in their precision.
+            dt, steps = self.time_steps(dt), {}
+            u, gate = u.to(dt.dtype), None if gate is None else gate.to(dt.dtype)
+        if pads is not None:
+            dt = dt.masked_fill(pads[:, 0], CLOSED if steps else 0)
+        x, B, C = self.split_convolved(u)
+        A, D = self._of_channels(self.state_matrix()).unsqueeze(-1).expand(state.shape[1:]), self.skip_weight()
+        y = ops.selective_state_update(
+            state, x, self._of_channels(dt), A, B, C, D if D.dim() == 2 else self._of_channels(D),
+            z=None if gate is None else gate.view_as(x), state_offset=inputs.state_offset,
+            output_offset=inputs.output_offset, adapter_index=inputs.adapter_index, **steps,
+        )  # fmt: skip
+        return y.unsqueeze(1).to(dtype)
+
+    def _of_channels(self, x: Tensor) -> Tensor:
+        """What heads share (…, num_heads) as a view of what their channels have."""
+        return x.unsqueeze(-1).expand(*x.shape, self.head_dim)
+
+    def split_convolved(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (…, num_heads, head_dim), B and C (…, groups, dstate), from what the convolution gave (…, conv_dim)."""
+        states = self.n_groups * self.ssm_state_size
+        x, B, C = u.split([self.intermediate_size, states, states], dim=-1)
+        groups = self.n_groups, self.ssm_state_size
+        return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def by_heads(self, inputs: StateInputs) -> StateInputs:
+        """The same with the channels of states and outputs by heads."""
+        heads = self.num_heads, self.head_dim
+        states, offsets, outputs = inputs.initial_state, inputs.state_offset, inputs.output_offset
+        return replace(
+            inputs,
+            initial_state=None if states is None else states.unflatten(-2, heads),
+            state_offset=None if offsets is None else offsets.unflatten(-2, heads),
+            output_offset=None if outputs is None else outputs.unflatten(-1, heads),
+        )
 
     def states_after(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         _, x, dt = self.project(hidden_states)

@@ -1,6 +1,7 @@
 """The operators: the scans of Mamba and Mamba-2, the gated delta rule, convolutions, and decoding steps."""
 
 from ssmtune import native
+from ssmtune.ops.adapters import gather_rows
 from ssmtune.ops.backends import available_backends, backend
 from ssmtune.ops.causal_conv1d import causal_conv1d
 from ssmtune.ops.causal_conv1d_update import causal_conv1d_update
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_delta_rule",
+    "gather_rows",
     "selective_scan",
     "selective_state_update",
     "ssd_scan",

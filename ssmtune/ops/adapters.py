@@ -10,33 +10,34 @@ from torch import Tensor
 
 from ssmtune.ops import arguments
 
-_STACKS = {
-    "state_offset": (("n_adapters", "dim", "dstate"),),
-    "output_offset": (("n_adapters", "dim"),),
-}
-
 
 def check_adapters(
-    op: str, main: str, adapter_index: Tensor, tensors: Mapping[str, Tensor | None], sizes: Mapping[str, int]
+    op: str,
+    main: str,
+    adapter_index: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    axes: tuple[str, ...],
+    sizes: Mapping[str, int],
 ) -> None:
-    """Check `adapter_index` and the stacks it goes with, but for its values.
+    """Check `adapter_index` and the stacks it goes with, but for its values; `axes` are those of an output offset.
 
     Kernels read the stacks where they lie: a copy made to suit them would be one of every adapter, at every token.
     """
     x = tensors["x"]
     arguments.check_integers(op, main, "adapter_index", adapter_index, x.device, "Its values are places in a stack.")
     arguments.check_shape(op, "adapter_index", adapter_index, (("batch",),), sizes, f"Each row of {main} has one.")
-    stacks = {name: tensors[name] for name in _STACKS if tensors[name] is not None}
+    layouts = {"state_offset": ("n_adapters", *axes, "dstate"), "output_offset": ("n_adapters", *axes)}
+    stacks = {name: tensors[name] for name in layouts if tensors[name] is not None}
     if not stacks:
         raise ValueError(
             f"{op}: adapter_index was given without state_offset and output_offset.\n"
             "  It says which of the stacked offsets each row reads. Pass a stack of them, or no adapter_index."
         )
-    counts = [stack.shape[0] for name, stack in stacks.items() if stack.dim() == len(_STACKS[name][0])]
+    counts = [stack.shape[0] for name, stack in stacks.items() if stack.dim() == len(layouts[name])]
     sizes = {**sizes, "n_adapters": max([1, *counts])}
     for name, stack in stacks.items():
         why = "With adapter_index offsets are stacks, of one entry per adapter."
-        arguments.check_shape(op, name, stack, _STACKS[name], sizes, why)
+        arguments.check_shape(op, name, stack, (layouts[name],), sizes, why)
         if stack.dtype != torch.float32 and (stack.dtype, x.dtype) != (torch.float64, torch.float64):
             raise TypeError(
                 f"{op}: {name} has dtype {stack.dtype}, expected float32 together with adapter_index.\n"
@@ -67,7 +68,17 @@ def check_values(op: str, adapter_index: Tensor, state_offset: Tensor | None, ou
 
 
 def gather_rows(stack: Tensor, adapter_index: Tensor) -> Tensor:
-    """Gather what each row reads from a stack, (batch, ...): zeros where its index is no place in it."""
+    """Gather from a stack what each row of a batch has, for the scans and the convolution; it is differentiable.
+
+        rows[b] = stack[adapter_index[b]], or 0 where that is no place in the stack
+
+    Args:
+        stack: (n_adapters, ...). Initial states or offsets.
+        adapter_index: (batch,), integers; -1 stands for no adapter.
+
+    Returns:
+        (batch, ...) in the dtype of the stack.
+    """
     known = (adapter_index >= 0) & (adapter_index < stack.shape[0])
     rows = stack[adapter_index.clamp(0, stack.shape[0] - 1).long()]
     return rows.masked_fill(~known.view(-1, *[1] * (stack.dim() - 1)), 0)

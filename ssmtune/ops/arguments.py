@@ -104,8 +104,19 @@ def check_shape(
     )
 
 
-def check_groups(op: str, B: Tensor, C: Tensor, axes: tuple[str, ...], sizes: Mapping[str, int], why: str) -> None:
-    """Check that B and C have these axes, as in (batch, dstate), or both have groups too, (batch, groups, dstate)."""
+def check_groups(
+    op: str,
+    B: Tensor,
+    C: Tensor,
+    axes: tuple[str, ...],
+    sizes: Mapping[str, int],
+    why: str,
+    divided: str = "dim",
+) -> None:
+    """Check that B and C have these axes, as in (batch, dstate), or both have groups too, (batch, groups, dstate).
+
+    The groups have to divide the axis called `divided`.
+    """
     without = len(axes)
     if B.dim() == without + 1:
         sizes, axes, why = (
@@ -113,10 +124,11 @@ def check_groups(op: str, B: Tensor, C: Tensor, axes: tuple[str, ...], sizes: Ma
             ("batch", "groups", *axes[1:]),
             f"{why} C has the groups of B.",
         )
-        dim = sizes["dim"]
-        if B.shape[1] == 0 or dim % B.shape[1] != 0:
+        size = sizes[divided]
+        if B.shape[1] == 0 or size % B.shape[1] != 0:
             raise ValueError(
-                f"{op}: B has shape {tuple(B.shape)}, so groups is {B.shape[1]}, expected a divisor of dim = {dim}.\n"
+                f"{op}: B has shape {tuple(B.shape)}, so groups is {B.shape[1]}, expected a divisor of "
+                f"{divided} = {size}.\n"
                 "  Each group is read by as many channels as the next. Take as many groups as the model has."
             )
     if {B.dim(), C.dim()} == {without, without + 1}:

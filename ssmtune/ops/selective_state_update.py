@@ -4,21 +4,11 @@ from torch import Tensor
 
 from ssmtune.ops import adapters, arguments, backends
 from ssmtune.ops.decoding import call_directly, check_overwritten
+from ssmtune.ops.heads import join_heads
 from ssmtune.ops.selective_state_update_op import selective_state_update as update
 
 _OPTIONAL = frozenset({"D", "z", "dt_bias", "state_offset", "output_offset"})
-_LAYOUTS = {
-    "x": (("batch", "dim"),),
-    "dt": (("batch", "dim"),),
-    "A": (("dim", "dstate"),),
-    "D": (("dim",),),
-    "z": (("batch", "dim"),),
-    "dt_bias": (("dim",),),
-}
-_OFFSETS = {
-    "state_offset": (("dim", "dstate"), ("batch", "dim", "dstate")),
-    "output_offset": (("dim",), ("batch", "dim")),
-}
+_CHANNELS, _HEADS = ("dim",), ("nheads", "headdim")
 
 
 def selective_state_update(
@@ -44,14 +34,17 @@ def selective_state_update(
         out    = C (state + state_offset) + D x + output_offset          [* silu(z)]
 
     The offset is read and never enters the state. The first ten arguments are those of `mamba_ssm`'s function of the
-    same name. There is no gradient.
+    same name. As there they may have heads, those of Mamba-2: each `dim` below is then two axes, (nheads, headdim), and
+    what the channels of a head share comes as an expanded view. There is no gradient.
 
     Args:
         state: (batch, dim, dstate). Overwritten with the next state; float32 is updated without a copy.
         x: (batch, dim). The input, in float32, bfloat16 or float16; float64 runs on the reference.
         dt: (batch, dim). The step, before `dt_bias` and softplus.
-        A: (dim, dstate). Negative.
-        B: (batch, dstate), or (batch, groups, dstate): each of the groups, which divide dim, serves as many channels.
+        A: (dim, dstate). Negative. Of a view that is expanded along dstate, as Mamba-2's is, the CPU takes one
+            exponential per channel.
+        B: (batch, dstate), or (batch, groups, dstate): each of the groups, which divide dim (with heads nheads), serves
+            as many channels.
         C: (batch, dstate), or (batch, groups, dstate) with the groups of B.
         D: (dim,).
         z: (batch, dim). The gate.
@@ -78,9 +71,9 @@ def selective_state_update(
             the call.
     """
     op = "selective_state_update"
+    by_heads = isinstance(state, Tensor) and state.dim() == 4
     args = state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_offset, output_offset, adapter_index
-    out = call_directly(op, x, backend, args)
-    if out is not None:
+    if not by_heads and (out := call_directly(op, x, backend, args)) is not None:
         return out
     tensors = {
         "state": state,
@@ -96,17 +89,33 @@ def selective_state_update(
         "output_offset": output_offset,
     }
     arguments.check_tensors(op, "state", tensors, _OPTIONAL)
-    arguments.check_dimensions(op, "state", state, ("batch", "dim", "dstate"))
-    batch, dim, dstate = state.shape
-    sizes = {"batch": batch, "dim": dim, "dstate": dstate}
-    why = "batch, dim and dstate are those of state."
-    for name, layouts in (_LAYOUTS if adapter_index is not None else _LAYOUTS | _OFFSETS).items():
-        arguments.check_shape(op, name, tensors[name], layouts, sizes, why)
-    arguments.check_groups(op, B, C, ("batch", "dstate"), sizes, why)
+    axes = _HEADS if by_heads else _CHANNELS
+    of_state = ("batch", *axes, "dstate")
+    arguments.check_dimensions(op, "state", state, of_state)
+    sizes = dict(zip(of_state, state.shape, strict=True))
+    why = f"{', '.join(of_state[:-1])} and dstate are those of state."
+    for name in ("x", "dt", "z"):
+        arguments.check_shape(op, name, tensors[name], (("batch", *axes),), sizes, why)
+    for name in ("D", "dt_bias"):
+        arguments.check_shape(op, name, tensors[name], (axes,), sizes, why)
+    arguments.check_shape(op, "A", A, ((*axes, "dstate"),), sizes, why)
+    arguments.check_groups(op, B, C, ("batch", "dstate"), sizes, why, axes[0])
     if adapter_index is not None:
-        adapters.check_adapters(op, "state", adapter_index, tensors, sizes)
+        adapters.check_adapters(op, "state", adapter_index, tensors, axes, sizes)
+    else:
+        arguments.check_shape(op, "state_offset", state_offset, ((*axes, "dstate"), of_state), sizes, why)
+        arguments.check_shape(op, "output_offset", output_offset, (axes, ("batch", *axes)), sizes, why)
     instead = "selective_scan on a sequence of length 1\n  with initial_state=state and return_last_state=True"
     check_overwritten(op, "state", tensors, instead)
 
     name = backends.choose(op, x.device, x.dtype, backend)
-    return update(*args, name)
+    if not by_heads:
+        return update(*args, name)
+    flat = join_heads(*args)
+    out = call_directly(op, x, backend, flat) if name == "cpu" else None
+    if out is None:
+        out = update(*flat, name)
+    if state.stride(1) != state.shape[2] * state.stride(2):
+        # in such memory heads cannot be joined without a copy, and that was advanced
+        state.copy_(flat[0].view_as(state))
+    return out.view_as(x)

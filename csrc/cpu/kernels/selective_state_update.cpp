@@ -8,7 +8,7 @@ void selective_state_update(const SelectiveStateUpdate& p, int64_t row, int64_t 
 namespace {
 
 // Rows of state and A lie along the states, so lanes are states here; the sums of kLanes channels are added up together.
-template <typename T>
+template <typename T, bool kOneDecay>
 void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t end) {
   const T* const x = static_cast<const T*>(p.x) + row * p.dim;
   const T* const delta = static_cast<const T*>(p.dt) + row * p.dim;
@@ -28,8 +28,11 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
     if (p.dt_bias) dt += load_first(p.dt_bias + channel, lanes);
     if (p.dt_softplus) dt = softplus(dt);
     const Vec value = load_first(x + channel, lanes);
-    float dt_of[kLanes], dtx_of[kLanes];
-    store(dt_of, dt * kLog2e);
+    // of each channel, what multiplies A, or with one decay the decay itself
+    float rate_of[kLanes], dtx_of[kLanes];
+    Vec rate = dt * kLog2e;
+    if constexpr (kOneDecay) rate = exp2(at_most(load_first(p.A + channel, lanes) * rate, 127.0f));
+    store(rate_of, rate);
     store(dtx_of, dt * value);
 
     Vec sums[kLanes] = {};
@@ -39,9 +42,13 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
       const int64_t group = p.groups == 1 ? 0 : (channel + i) / group_size * p.dstate;
       for (int64_t n = 0; n < p.dstate; n += kLanes) {
         const int64_t states = p.dstate - n < kLanes ? p.dstate - n : kLanes;
-        const Vec exponent = at_most(load_first(p.A + first + n, states) * dt_of[i], 127.0f);
         Vec h = load_first(state + first + n, states);
-        h = exp2(exponent) * h + load_first(B + group + n, states) * dtx_of[i];
+        if constexpr (kOneDecay) {
+          h *= rate_of[i];
+        } else {
+          h *= exp2(at_most(load_first(p.A + first + n, states) * rate_of[i], 127.0f));
+        }
+        h += load_first(B + group + n, states) * dtx_of[i];
         store_first(state + first + n, h, states);
         if (state_offset) h += load_first(state_offset + first + n, states);
         sums[i] += h * load_first(C + group + n, states);
@@ -59,10 +66,13 @@ void update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t e
 
 void selective_state_update(const SelectiveStateUpdate& p, int64_t row, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
+  const auto run = [&]<typename T>(T) {
+    return p.one_decay ? update<T, true>(p, row, begin, end) : update<T, false>(p, row, begin, end);
+  };
   switch (p.dtype) {
-    case DType::kFloat32: return update<float>(p, row, begin, end);
-    case DType::kBFloat16: return update<BFloat16>(p, row, begin, end);
-    case DType::kFloat16: return update<Float16>(p, row, begin, end);
+    case DType::kFloat32: return run(float{});
+    case DType::kBFloat16: return run(BFloat16{});
+    case DType::kFloat16: return run(Float16{});
   }
 }
 
