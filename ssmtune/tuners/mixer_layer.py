@@ -7,7 +7,7 @@ LoRA and every other peft method added later.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -80,6 +80,16 @@ class MixerTunerLayer(StateAdapter, BaseTunerLayer):
             tensor = torch.zeros(shape, dtype=torch.float32, device=device)
             self.start(name, tensor, config)
             getattr(self, name)[adapter_name] = nn.Parameter(tensor)
+
+    def add_like(self, like: str, adapter_name: str, stored: Mapping[str, torch.Tensor]) -> None:
+        """Add an adapter, frozen, set as another one but with copies of these tensors, by the names of their dicts."""
+        for name, tensor in stored.items():
+            known = getattr(self, name)
+            tensor = tensor.to(known[like].device, torch.float32, copy=True)
+            known[adapter_name] = nn.Parameter(tensor, requires_grad=False)
+        for name in self.other_param_names:
+            if like in (known := getattr(self, name)):
+                known[adapter_name] = known[like]
 
     def tensors(self, kind: str) -> nn.ParameterDict | nn.ModuleDict:
         """Return the dict of one kind of tensor, "h", "A" or the like, by adapter name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,12 +74,7 @@ class MixerTunerModel(BaseTuner):
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
     ) -> None:
-        # Its parameters are attributes of this name, beside those that torch gives a dict of parameters.
-        if "." in adapter_name or not adapter_name or hasattr(nn.ParameterDict(), adapter_name):
-            raise ValueError(
-                f"{adapter_name!r} cannot be the name of an adapter: torch has no parameter of such a name.\n"
-                "  Pass another adapter_name, without dots."
-            )
+        _check_name(adapter_name)
         if state_dict is not None:
             # peft takes what a key says before the prefix for the module to adapt: here its child.
             state_dict = {key.replace(f".{self.child_name}.", "."): tensor for key, tensor in state_dict.items()}
@@ -142,6 +138,37 @@ class MixerTunerModel(BaseTuner):
             layer.unpatch_on_removal = patched
             target.add_module(self.child_name, layer)
         layer.update_layer(adapter_name, peft_config, target.A_log.device)
+
+    @torch.no_grad()
+    def add_stored(
+        self, like: str, adapters: Iterable[tuple[str, MixerTunerConfig, Mapping[str, torch.Tensor]]]
+    ) -> None:
+        """Add adapters that have tensors where another one has, frozen, as they were stored.
+
+        It looks for the layers once. peft goes over all modules and all tensors of the model for each adapter that it
+        loads, which takes the longer the more there are.
+
+        Args:
+            like: an adapter of this method that the model has.
+            adapters: name, config and stored tensors of each one to be added.
+
+        Raises:
+            ValueError: a name cannot be one, or tensors do not fit or are not finite; adapters before stay added.
+        """
+        layers = [(name, layer) for name, layer in self._layers(self.model) if like in layer.available_adapters]
+        expected = self.stored_tensors(self.model, like)
+        for name, config, stored in adapters:
+            found = {f"{key.removeprefix('base_model.model.')}.{like}": tensor for key, tensor in stored.items()}
+            try:
+                _check_name(name)
+                check_tensors(expected, found, self.prefix, config.base_model_name_or_path)
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}: {error}") from None
+            for place, layer in layers:
+                kinds = [kind for kind in layer.tensor_names if like in getattr(layer, kind)]
+                layer.add_like(like, name, {kind: found[f"{place}.{kind}.{like}"] for kind in kinds})
+            config.inference_mode = True
+            self.peft_config[name] = config
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -260,6 +287,15 @@ class MixerTunerModel(BaseTuner):
             for kind in (*layer.tensor_names, *layer.index_names)
             if adapter_name in getattr(layer, kind)
         }
+
+
+def _check_name(adapter_name: str) -> None:
+    # Its parameters are attributes of this name, beside those that torch gives a dict of parameters.
+    if "." in adapter_name or not adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(
+            f"{adapter_name!r} cannot be the name of an adapter: torch has no parameter of such a name.\n"
+            "  Pass another adapter_name, without dots."
+        )
 
 
 def _as_list(value) -> list:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.utils.constants import CONFIG_NAME
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import nn
+
+from ssmtune.tuners.state_config import StateTunerConfig
 
 
 def load_adapters(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftModel:
@@ -42,18 +48,44 @@ def load_adapters(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftMo
             f"{folder} holds no adapter: neither it nor a folder in it has a {CONFIG_NAME}.\n"
             "  Pass the folder that save_pretrained wrote to."
         )
+    return load_places(model, places, **kwargs)
+
+
+def load_places(model: nn.Module, places: Mapping[str, Path], **kwargs: Any) -> PeftModel:
+    """Load adapters into a model by the folders that they are in, under these names; see `load_adapters`.
+
+    Those of a state method whose configs are alike are added all at once, frozen; peft loads one after the other.
+    """
     wrappers: dict[str, PeftModel] = {}
+    alike: dict[str, list[tuple[str, PeftConfig, Path]]] = {}
     for name, path in places.items():
         config = PeftConfig.from_pretrained(path)
         if not hasattr(model, "prepare_inputs_for_generation"):
             # A model of mamba_ssm: what peft has for tasks is for models of transformers.
             config.task_type = None
         method = config.peft_type
-        if method in wrappers:
-            wrappers[method].load_adapter(path, name, **kwargs)
-        else:
+        if method not in wrappers:
+            # As it was stored: peft fills in what was left out.
+            alike[method] = [(name, copy(config), path)]
             wrappers[method] = PeftModel.from_pretrained(model, path, adapter_name=name, config=config, **kwargs)
+        elif kwargs.keys() <= {"use_safetensors"} and _alike(config, alike[method][0][1], path):
+            alike[method].append((name, config, path))
+        else:
+            wrappers[method].load_adapter(path, name, **kwargs)
+    for method, ((first, *_), *others) in alike.items():
+        stored = ((name, config, load_file(path / SAFETENSORS_WEIGHTS_NAME)) for name, config, path in others)
+        if others:
+            wrappers[method].base_model.add_stored(first, stored)
     return list(wrappers.values())[-1]
+
+
+def _alike(config: PeftConfig, first: PeftConfig, path: Path) -> bool:
+    """Whether an adapter has tensors of the same shapes as the first of its method, and nothing but these."""
+    if not isinstance(config, StateTunerConfig) or config.modules_to_save:
+        return False
+    where_from = dict.fromkeys(("base_model_name_or_path", "revision", "inference_mode"))
+    same = asdict(config) | where_from == asdict(first) | where_from
+    return same and (path / SAFETENSORS_WEIGHTS_NAME).is_file()
 
 
 def adapter_folders(folder: str | Path) -> dict[str, Path]:
