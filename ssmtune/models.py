@@ -1,4 +1,4 @@
-"""Models and adapters by name: the one in the package, a local directory, or a name on the hub."""
+"""Models and adapters by name: those in the package, a local directory, or a name on the hub."""
 
 from __future__ import annotations
 
