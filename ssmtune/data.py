@@ -281,14 +281,21 @@ def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]
                 f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
                 f"  Convert it to one of {', '.join(_SUFFIXES)}."
             )
-        return _json_rows(file) if file.suffix == ".jsonl" else csv_rows(file)
+        return json_rows(file) if file.suffix == ".jsonl" else csv_rows(file)
     if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{nearest(file.name, siblings)}\n  Check --data.path.")
     return hub_rows(str(path), split)
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def json_rows(
+    file: Path, example: str = '{"prompt": "…", "completion": "…"}'
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a JSONL file, each with where it is, such as "line 3"; errors show how one looks.
+
+    Raises:
+        ValueError: a line is not an object in JSON; names it.
+    """
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
@@ -297,12 +304,12 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{file}: line {number} is not valid JSON ({error.msg} at column {error.colno}).\n"
-                '  Every line must be one object, such as {"prompt": "…", "completion": "…"}.'
+                f"  Every line must be one object, such as {example}."
             ) from None
         if not isinstance(row, dict):
             raise ValueError(
                 f"{file}: line {number} holds a {type(row).__name__}, expected an object with columns.\n"
-                '  Every line must be one object, such as {"prompt": "…", "completion": "…"}.'
+                f"  Every line must be one object, such as {example}."
             )
         yield f"line {number}", row
 

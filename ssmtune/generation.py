@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ def generate_texts(
     seed: int = 0,
     max_length: int | None = None,
     use_cache: bool = True,
+    adapters: Sequence[str | None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, stopping at the end-of-text token; greedy unless a temperature is given.
 
@@ -38,6 +40,9 @@ def generate_texts(
         prompts: texts of any lengths; batches are made of similar lengths and padded on the left.
         max_length: tokens of a prompt that are kept, from its end; None for all.
         use_cache: False recomputes the whole text for every token, which is slow and gives the same.
+        adapters: the adapter of the model that continues each prompt, None for the base; by default the active ones
+            continue all. A batch may have any of them.
+        progress: called after each batch with the number of its prompts.
 
     Returns:
         The new text alone, one for each prompt in their order.
@@ -54,6 +59,8 @@ def generate_texts(
         torch.manual_seed(seed)
         for chosen in _batches(encoded, batch_size):
             batch = collate([Encoded(encoded[index], encoded[index]) for index in chosen])
+            if adapters is not None:
+                options["adapter_names"] = [adapters[index] or "__base__" for index in chosen]
             output = model.generate(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
@@ -68,6 +75,8 @@ def generate_texts(
                 if tokenizer.eos_token_id in row:
                     row = row[: row.index(tokenizer.eos_token_id)]
                 texts[index] = tokenizer.decode(row, skip_special_tokens=True)
+            if progress is not None:
+                progress(len(chosen))
     return texts
 
 

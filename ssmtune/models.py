@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,36 +155,57 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     Raises:
         ValueError: the directory does not hold a sound adapter, or it does not fit the model.
     """
+    from ssmtune.tuners.several import adapter_folders
+
+    read_adapter_config(directory)
+    return load_folders(model, adapter_folders(directory))
+
+
+def load_folders(model: nn.Module, folders: Mapping[str, Path]) -> nn.Module:
+    """Put saved adapters on their base model, each under the name given; the first of each method is active.
+
+    Raises:
+        ValueError: a folder does not hold a sound adapter, or it does not fit the model.
+    """
     from peft import get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from safetensors import safe_open
 
-    import ssmtune.tuners  # noqa: F401 - registers the state methods with peft
     from ssmtune.prompt_tuning import repair
-    from ssmtune.tuners.several import adapter_folders, load_adapters
+    from ssmtune.tuners.mixer_tuner import MixerTunerModel
+    from ssmtune.tuners.several import load_places
 
-    config = read_adapter_config(directory)
-    folders = adapter_folders(directory)
-    for folder in folders.values():
-        read_adapter_config(folder)
+    configs = {name: read_adapter_config(folder) for name, folder in folders.items()}
+    first = next(iter(folders))
     try:
         with quiet_peft():
-            adapted = load_adapters(model, directory, use_safetensors=True)
+            adapted = load_places(model, folders, use_safetensors=True)
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise ValueError(
-            f"the {config['peft_type']} adapter in {directory} does not fit {type(model).__name__}: {reason}\n"
-            f"  It was trained for {config.get('base_model_name_or_path')!r}. Load it on that model."
+            f"the {configs[first]['peft_type']} adapter in {folders[first]} does not fit {type(model).__name__}: "
+            f"{reason}\n"
+            f"  It was trained for {configs[first].get('base_model_name_or_path')!r}. Load it on that model."
         ) from None
     for name, folder in folders.items():
+        if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[configs[name]["peft_type"]], MixerTunerModel):
+            # Checked as it was loaded, without going over the tensors of all the others.
+            continue
         expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         with safe_open(folder / _ADAPTER_WEIGHTS, "pt") as file:
             missing = expected.keys() - set(file.keys())
+            broken = [key for key in file.keys() if not file.get_tensor(key).isfinite().all()]  # noqa: SIM118
         if missing:
             # peft would leave them as they were initialised, and only warn
             raise ValueError(
                 f"{folder}/{_ADAPTER_WEIGHTS} lacks {len(missing)} tensors, first {min(missing)}.\n"
-                f"  It was trained for {config.get('base_model_name_or_path')!r} or is incomplete. "
+                f"  It was trained for {configs[name].get('base_model_name_or_path')!r} or is incomplete. "
                 "Load it on that model."
+            )
+        if broken:
+            raise ValueError(
+                f"{folder}/{_ADAPTER_WEIGHTS} holds NaN or infinity in {len(broken)} tensors, first {broken[0]}.\n"
+                "  Training diverged or the file is damaged. Use an earlier checkpoint, or train with a lower rate."
             )
     return repair(adapted).eval()
 

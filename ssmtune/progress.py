@@ -1,4 +1,4 @@
-"""How a run shows where it is: one line that renews itself on a terminal, plain lines anywhere else."""
+"""How work shows where it is: one line that renews itself on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ProgressLine:
-    """Prints step, loss, learning rate, tokens per second and the time that is left.
+    """Of a run: prints step, loss, learning rate, tokens per second and the time that is left.
 
     It has no colours, so there is nothing for NO_COLOR to turn off.
     """
@@ -56,3 +56,31 @@ class ProgressLine:
         done = max(step - self.first, 1)
         seconds = (time.monotonic() - self.started) / done * (self.total - step)
         return str(timedelta(seconds=round(seconds)))
+
+
+class CountLine:
+    """Of things that are done one after the other: a bar on a terminal, anywhere else a line for each tenth."""
+
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.done, self.tenths = total, unit, 0, 0
+        self.bar = None
+
+    def __enter__(self) -> CountLine:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total, unit=self.unit, dynamic_ncols=True, leave=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif self.done * 10 // self.total > self.tenths:
+            self.tenths = self.done * 10 // self.total
+            print(f"{self.unit} {self.done}/{self.total}", file=sys.stderr, flush=True)

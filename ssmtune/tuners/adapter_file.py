@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +32,15 @@ def check_readable(folder: str | Path) -> None:
             "  The file is cut off or not a safetensors file, as after a full disk or an interrupted copy.\n"
             "  Copy or save the adapter again."
         ) from None
+
+
+@contextmanager
+def naming(adapter_name: str) -> Iterator[None]:
+    """Let an error say which of several adapters it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"adapter {adapter_name!r}: {error}") from None
 
 
 def adapted_place(key: str) -> str:

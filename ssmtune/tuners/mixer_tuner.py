@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ssmtune.mixers import find_mixers, install_packing, patch_mixer, remove_packing, supports, unpatch_mixer
-from ssmtune.tuners.adapter_file import check_tensors
+from ssmtune.tuners.adapter_file import check_tensors, naming
 from ssmtune.tuners.mixer_config import MixerTunerConfig
 from ssmtune.tuners.mixer_layer import MixerTunerLayer
 
@@ -159,11 +159,9 @@ class MixerTunerModel(BaseTuner):
         expected = self.stored_tensors(self.model, like)
         for name, config, stored in adapters:
             found = {f"{key.removeprefix('base_model.model.')}.{like}": tensor for key, tensor in stored.items()}
-            try:
+            with naming(name):
                 _check_name(name)
                 check_tensors(expected, found, self.prefix, config.base_model_name_or_path)
-            except ValueError as error:
-                raise ValueError(f"adapter {name!r}: {error}") from None
             for place, layer in layers:
                 kinds = [kind for kind in layer.tensor_names if like in getattr(layer, kind)]
                 layer.add_like(like, name, {kind: found[f"{place}.{kind}.{like}"] for kind in kinds})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import nn
 
+from ssmtune.tuners.adapter_file import naming
 from ssmtune.tuners.state_config import StateTunerConfig
 
 
@@ -67,11 +69,13 @@ def load_places(model: nn.Module, places: Mapping[str, Path], **kwargs: Any) -> 
         if method not in wrappers:
             # As it was stored: peft fills in what was left out.
             alike[method] = [(name, copy(config), path)]
-            wrappers[method] = PeftModel.from_pretrained(model, path, adapter_name=name, config=config, **kwargs)
+            with naming(name) if len(places) > 1 else nullcontext():
+                wrappers[method] = PeftModel.from_pretrained(model, path, adapter_name=name, config=config, **kwargs)
         elif kwargs.keys() <= {"use_safetensors"} and _alike(config, alike[method][0][1], path):
             alike[method].append((name, config, path))
         else:
-            wrappers[method].load_adapter(path, name, **kwargs)
+            with naming(name):
+                wrappers[method].load_adapter(path, name, **kwargs)
     for method, ((first, *_), *others) in alike.items():
         stored = ((name, config, load_file(path / SAFETENSORS_WEIGHTS_NAME)) for name, config, path in others)
         if others:
