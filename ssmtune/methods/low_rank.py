@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # head, as in Dettmers et al., QLoRA, 2023: of GPT-NeoX query_key_value, dense, dense_h_to_4h and
 # dense_4h_to_h, of Llama q, k, v, o, gate, up and down_proj.
 LORA_TARGETS = ("in_proj", "x_proj", "dt_proj")
+# Those of Gated DeltaNet, in one piece for key heads (Qwen3-Next) or each apart (Qwen3.5).
+LORA_TARGETS += ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 # Those among them that make what the recurrence reads: B, C and the time step.
 S6_TARGETS = ("x_proj", "dt_proj")
 LORA_RANK = 8

@@ -28,13 +28,12 @@ def state_mixers(model: nn.Module) -> str | None:
     return None if find_mixers(model) else "it has no recurrent mixer that ssmtune drives"
 
 
-def decays_of_states(model: nn.Module) -> str | None:
-    """Recurrent mixers that ssmtune drives, in which each state of a channel has a decay of its own."""
-    from ssmtune.mixers import find_mixers
+def extra_states(model: nn.Module) -> str | None:
+    """Recurrent mixers that ssmtune drives, which take states beside their own."""
+    from ssmtune.mixers import find_mixers, patched_class
 
-    if any(mixer.A_log.dim() == 1 for _, mixer in find_mixers(model)):
-        return "the states of a head share one decay"
-    return state_mixers(model)
+    reasons = [patched_class(mixer).why_no_extra_states for _, mixer in find_mixers(model)]
+    return next(filter(None, reasons), None) or state_mixers(model)
 
 
 def keys_and_values(model: nn.Module) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.methods.method import Method
-from ssmtune.methods.needs import decays_of_states, modules
+from ssmtune.methods.needs import extra_states, modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,9 +39,7 @@ SDT_OPTIONS = ("channels", "states", "warm_up_steps", "layers")
 
 
 STATE_SPACE_METHODS = (
-    Method(
-        "additional-scan", "Additional-scan", 4e-3, "state", add_states, ("extra_states", "layers"), decays_of_states
-    ),
+    Method("additional-scan", "Additional-scan", 4e-3, "state", add_states, ("extra_states", "layers"), extra_states),
     Method(
         "sdt",
         "Sparse dimension tuning",

@@ -2,7 +2,8 @@
 
 from .packing import install_packing, remove_packing
 from .patching import PatchSummary, find_mixers, patch, patch_mixer, supports, unpatch, unpatch_mixer
-from .state_inputs import ExtraStates, StateAdapter, StateInputs, state_shape
+from .registry import patched_class, state_shape
+from .state_inputs import ExtraStates, StateAdapter, StateInputs
 
 __all__ = [
     "ExtraStates",
@@ -13,6 +14,7 @@ __all__ = [
     "install_packing",
     "patch",
     "patch_mixer",
+    "patched_class",
     "remove_packing",
     "state_shape",
     "supports",

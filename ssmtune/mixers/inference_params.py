@@ -22,6 +22,7 @@ class InferenceParamsMixer(SelectiveMixer):
     Unlike there, several tokens can go on from a cache, and the states that it allocates are float32.
     """
 
+    hidden_size = property(attrgetter("d_model"))
     conv_kernel_size = property(attrgetter("d_conv"))
     ssm_state_size = property(attrgetter("d_state"))
 

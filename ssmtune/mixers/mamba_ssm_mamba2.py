@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.ops.triton.layernorm_gated import RMSNorm, rms_norm_ref
-from torch import Tensor
+from torch import Tensor, nn
 
 from .inference_params import InferenceParamsMixer
 from .packing import find_sequences
@@ -28,6 +28,10 @@ class PatchedMamba2(InferenceParamsMixer, SsdMixer, Mamba2):
     head_dim = property(attrgetter("headdim"))
     n_groups = property(attrgetter("ngroups"))
     time_step_limit = property(attrgetter("dt_limit"))
+
+    @staticmethod
+    def state_axes(mixer: nn.Module) -> tuple[int, ...]:
+        return mixer.nheads, mixer.headdim, mixer.d_state
 
     def forward(
         self,

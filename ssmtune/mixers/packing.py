@@ -52,7 +52,8 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         The arguments to go on with, or None to leave them as they are.
 
     Raises:
-        ValueError: boundaries together with an attention mask or a cache, or a mixer that is not patched.
+        ValueError: boundaries together with an attention mask or a cache, a mixer that is not patched, or attention
+            that cannot be kept within a sequence.
     """
     if len(args) > 1:
         kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
@@ -79,6 +80,11 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     if cu_seqlens is None:
         return None
     check_patched(model, "packed sequences", "run them as one sequence")
+    if "indexed_attention" in (getattr(model.config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{type(model).__name__} got packed sequences, but its attention chooses among all tokens of a row.\n"
+            "  Give each sequence a row of its own, with pads."
+        )
 
     kwargs = {**kwargs, "use_cache": False}
     if not hybrid:
@@ -142,7 +148,9 @@ def check_patched(model: nn.Module, given: str, otherwise: str) -> None:
         ValueError: with the name of that mixer.
     """
     for name, module in model.named_modules():
-        if hasattr(module, "A_log") and not isinstance(module, SelectiveMixer):
+        # A mixer has both, what is inside of it may have one.
+        recurrent = hasattr(module, "conv1d") and hasattr(module, "layer_idx")
+        if recurrent and not isinstance(module, SelectiveMixer):
             raise ValueError(
                 f"{type(model).__name__} got {given}, but {name} is not patched.\n"
                 f"  The mixer of transformers would {otherwise}. Patch all of the model with ssmtune.patch(model)."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib import import_module
 from types import MethodType
 
 from torch import nn
@@ -12,30 +11,9 @@ from torch import nn
 from ssmtune.ops import backends
 
 from .packing import install_packing, remove_packing
+from .registry import PATCHED_CLASSES, full_name, is_known, patched_class
 from .selective_mixer import SelectiveMixer
 from .state_inputs import StateAdapter
-
-# The mixer classes of transformers and of mamba_ssm by full name, so that recognising one imports none of them.
-_PATCHED_CLASSES = {
-    "transformers.models.mamba.modeling_mamba.MambaMixer": "ssmtune.mixers.mamba.PatchedMambaMixer",
-    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": (
-        "ssmtune.mixers.falcon_mamba.PatchedFalconMambaMixer"
-    ),
-    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "ssmtune.mixers.jamba.PatchedJambaMambaMixer",
-    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "ssmtune.mixers.zamba.PatchedZambaMambaMixer",
-    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "ssmtune.mixers.mamba2.PatchedMamba2Mixer",
-    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "ssmtune.mixers.zamba2.PatchedZamba2MambaMixer",
-    "transformers.models.bamba.modeling_bamba.BambaMixer": "ssmtune.mixers.bamba.PatchedBambaMixer",
-    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": (
-        "ssmtune.mixers.nemotron_h.PatchedNemotronHMamba2Mixer"
-    ),
-    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "ssmtune.mixers.falcon_h1.PatchedFalconH1Mixer",
-    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": (
-        "ssmtune.mixers.granitemoehybrid.PatchedGraniteMoeHybridMambaLayer"
-    ),
-    "mamba_ssm.modules.mamba_simple.Mamba": "ssmtune.mixers.mamba_ssm_mamba.PatchedMamba",
-    "mamba_ssm.modules.mamba2.Mamba2": "ssmtune.mixers.mamba_ssm_mamba2.PatchedMamba2",
-}
 
 RECOMPUTE = ("nothing", "cheap", "scan")
 
@@ -102,8 +80,8 @@ def patch(model: nn.Module, *, recompute: str | None = None) -> PatchSummary:
     mixers = find_mixers(model)
     if not mixers:
         raise ValueError(_nothing_to_patch(model, skipped))
-    weight = mixers[0][1].A_log
-    backend = backends.choose("selective_scan", weight.device, weight.dtype)
+    first = mixers[0][1]
+    backend = backends.choose(patched_class(first).kernel, first.conv1d.weight.device, first.conv1d.weight.dtype)
     for _, mixer in mixers:
         patch_mixer(mixer)
         if recompute is not None:
@@ -138,7 +116,7 @@ def supports(module: nn.Module) -> bool:
     """Whether a module is a mixer that is patched or can be."""
     if isinstance(module, SelectiveMixer):
         return True
-    return _full_name(type(module)) in _PATCHED_CLASSES and not _has_own_forward(module)
+    return is_known(module) and not _has_own_forward(module)
 
 
 def patch_mixer(module: nn.Module) -> bool:
@@ -158,8 +136,7 @@ def patch_mixer(module: nn.Module) -> bool:
             f"cannot patch {type(module).__name__}: {reason}.\n"
             f"  Supported: {_supported()}. ssmtune.mixers.find_mixers(model) lists what a model has of them."
         )
-    module_name, class_name = _PATCHED_CLASSES[_full_name(type(module))].rsplit(".", 1)
-    _swap_class(module, getattr(import_module(module_name), class_name))
+    _swap_class(module, patched_class(module))
     return True
 
 
@@ -208,7 +185,7 @@ def _check_unpatchable(mixer: nn.Module) -> None:
             f"cannot unpatch {type(mixer).__name__}: it carries the adapters {', '.join(adapters)}.\n"
             "  The mixer without a patch would ignore them. Unload them first, as with `model = model.unload()`."
         )
-    if _full_name(type(mixer)) not in _PATCHED_CLASSES.values():
+    if full_name(type(mixer)) not in PATCHED_CLASSES.values():
         raise ValueError(
             f"cannot unpatch {type(mixer).__name__}: it is derived from a patched class, so what it was is unknown.\n"
             "  Remove what derived it first, as with torch.nn.utils.parametrize.remove_parametrizations."
@@ -219,7 +196,7 @@ def _reason_to_skip(module: nn.Module) -> str | None:
     """Why a mixer of a supported kind is left alone; None for other modules and for mixers that are not."""
     if isinstance(module, SelectiveMixer):
         return None
-    kinds = [cls for cls in type(module).__mro__ if _full_name(cls) in _PATCHED_CLASSES]
+    kinds = [cls for cls in type(module).__mro__ if full_name(cls) in PATCHED_CLASSES]
     if not kinds:
         return None
     if type(module) is not kinds[0]:
@@ -241,10 +218,6 @@ def _nothing_to_patch(model: nn.Module, skipped: dict[str, str]) -> str:
 
 def _supported() -> str:
     names: dict[str, list[str]] = {}
-    for full in _PATCHED_CLASSES:
+    for full in PATCHED_CLASSES:
         names.setdefault(full.partition(".")[0], []).append(full.rpartition(".")[2])
     return "; ".join(f"{', '.join(classes)} of {library}" for library, classes in names.items())
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -31,12 +31,26 @@ class SelectiveMixer(nn.Module):
 
     original_class: ClassVar[type[nn.Module]]
     scan_operator: ClassVar[Callable[..., Any]] = staticmethod(ops.selective_scan)
+    # The operator by whose backend `patch` says where a mixer runs.
+    kernel: ClassVar[str] = "selective_scan"
+    # Why adapters cannot give the recurrence states beside those of the mixer, or None if they can.
+    why_no_extra_states: ClassVar[str | None] = None
     recompute = "cheap"
 
     def forward(
         self, hidden_states: Tensor, cache_params: Any | None = None, attention_mask: Tensor | None = None, **kwargs
     ) -> Tensor:
         return self.mix(hidden_states, cache_params, attention_mask)
+
+    @staticmethod
+    def state_axes(mixer: nn.Module) -> tuple[int, ...]:
+        """The axes of the state of a mixer of `original_class`, patched or not: its channels, and last the states."""
+        return tuple(mixer.A_log.shape)
+
+    @staticmethod
+    def as_cached(state: Tensor) -> Tensor:
+        """A state (batch, *state_axes) as a cache holds it, or the other way round."""
+        return state
 
     def mix(self, hidden_states: Tensor, cache: Any | None, attention_mask: Tensor | None) -> Tensor:
         """Run the mixer on hidden states, starting from what the cache holds.

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ssmtune.ops.adapters import gather_rows
 
-_MAMBA_SSM_SIZES = ("nheads", "headdim", "d_state")
-
 
 @dataclass(frozen=True)
 class StateInputs:
@@ -144,15 +142,6 @@ def _beside(projected: Tensor, extra: Tensor) -> Tensor:
     if projected.dim() > extra.dim():
         extra = extra.unsqueeze(2).expand(-1, -1, projected.shape[2], -1)
     return torch.cat([projected, extra.to(projected.dtype)], dim=-1)
-
-
-def state_shape(mixer: nn.Module) -> tuple[int, ...]:
-    """The axes of a mixer's state but for the batch: (dim, dstate), or with the channels of heads apart."""
-    if mixer.A_log.dim() > 1:
-        return tuple(mixer.A_log.shape)
-    # One decay serves all states of a head. mamba_ssm has names of its own for the sizes, which the patch translates.
-    names = ("num_heads", "head_dim", "ssm_state_size")
-    return tuple(getattr(mixer, name) for name in (names if hasattr(mixer, names[0]) else _MAMBA_SSM_SIZES))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

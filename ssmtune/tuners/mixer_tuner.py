@@ -137,7 +137,7 @@ class MixerTunerModel(BaseTuner):
             layer = self.tuner_layer_cls(target)
             layer.unpatch_on_removal = patched
             target.add_module(self.child_name, layer)
-        layer.update_layer(adapter_name, peft_config, target.A_log.device)
+        layer.update_layer(adapter_name, peft_config, target.conv1d.weight.device)
 
     @torch.no_grad()
     def add_stored(
@@ -268,7 +268,7 @@ class MixerTunerModel(BaseTuner):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(cls.stored_tensors(model, adapter_name), found, cls.prefix, config.base_model_name_or_path)
         for name, layer in cls._layers(model):
-            device = model.get_submodule(name.rpartition(".")[0]).A_log.device
+            device = model.get_submodule(name.rpartition(".")[0]).conv1d.weight.device
             for key in cls.stored_tensors(layer, adapter_name):
                 # With low_cpu_mem_usage peft puts these very tensors into the model, so they need its dtype and device.
                 tensor = found[f"{name}.{key}"]

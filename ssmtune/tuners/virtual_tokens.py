@@ -29,7 +29,7 @@ class VirtualTokens(nn.Module):
         super().__init__()
         # In a tuple, so that the mixer does not become a child of its own descendant.
         self.mixer = (mixer,)
-        size = mixer.out_proj.out_features
+        size = mixer.hidden_size
         # As large as what the norm before a mixer gives; `start_from_tokens` has better ones.
         self.tokens = nn.Parameter(torch.randn(tokens, size, device=device))
         self.inner = self.outer = None
@@ -55,7 +55,7 @@ class VirtualTokens(nn.Module):
         tokens = self.tokens
         if self.inner is not None:
             tokens = tokens + self.outer(torch.tanh(self.inner(tokens)))
-        state, conv = mixer.states_after(tokens.unsqueeze(0).to(mixer.out_proj.weight.dtype))
+        state, conv = mixer.states_after(tokens.unsqueeze(0).to(mixer.conv1d.weight.dtype))
         return {"h": state[0], "conv": conv[0]}
 
 

@@ -38,7 +38,7 @@ class Family:
     """One model architecture.
 
     Args:
-        name: what transformers puts in front of `Config` and `ForCausalLM`.
+        name: what transformers puts in front of `ForCausalLM`.
         config: sizes of a tiny model; a hybrid has a layer of attention.
     """
 
@@ -47,10 +47,10 @@ class Family:
 
     def make(self) -> nn.Module:
         """A random model of transformers in which every parameter matters: small ones would hide what is wrong."""
-        config = getattr(transformers, f"{self.name}Config")(**EVERY | self.config)
+        model_class = getattr(transformers, f"{self.name}ForCausalLM")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = getattr(transformers, f"{self.name}ForCausalLM")(config)
+            model = model_class(model_class.config_class(**EVERY | self.config))
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     noise = torch.randn_like(parameter)
@@ -107,6 +107,21 @@ HYBRID = {
     "mamba_dt_rank": 4,
 }
 ATTENTION = {"num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
+DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 0,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    # A random query may meet no key at all, and the norm would blow up what it reads.
+    "rms_norm_eps": 1e-3,
+}
 # Every token goes to both experts: were it one, rounding to bfloat16 could send a token elsewhere.
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
 FAMILIES = [
@@ -119,6 +134,7 @@ FAMILIES = [
         "Mamba2",
         {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 4},
     ),
+    Family("Qwen3Next", DELTA),
     Family("GPTNeoX", ATTENTION | {"rotary_pct": 0.5}),
     Family("Llama", ATTENTION | {"num_key_value_heads": 2}),
 ]

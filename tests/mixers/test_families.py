@@ -13,12 +13,17 @@ MIXERS = {
     "jamba": ["model.layers.0.mamba", "model.layers.1.mamba"],
     "zamba": ["model.layers.0.mamba", "model.layers.1.mamba_decoder.mamba", "model.layers.2.mamba_decoder.mamba"],
     "mamba2": ["backbone.layers.0.mixer", "backbone.layers.1.mixer"],
+    "qwen3_next": ["model.layers.0.linear_attn", "model.layers.2.linear_attn"],
 }
 # Rounding to bfloat16 may send a token to another expert, which tells nothing about the mixers.
 DENSE = {"jamba": {"num_experts": 1}}
 PROJECTION_BIAS = {
     "falcon_mamba": {"use_bias": True},
     "mamba2": {"use_bias": True},
+}
+LORA_TARGETS = {
+    "zamba": r".*mamba\.(in|out)_proj",
+    "qwen3_next": r".*(in_proj_qkvz|in_proj_ba|out_proj)",
 }
 KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 
@@ -211,9 +216,9 @@ def test_a_right_padded_prefix_leaves_the_state_of_its_tokens(make_pair, rows, a
         together = ours(input_ids, attention_mask=mask, use_cache=True)[cache_name(ours)]
         for i, row in enumerate(rows):
             alone = ours(row[None], use_cache=True)[cache_name(ours)]
-            assert_close(
-                "state", alone.layers[1].recurrent_states[0][0], together.layers[1].recurrent_states[0][i], 1e-5
-            )
+            for _, mixer in find_mixers(ours):
+                expected, actual = (cache.layers[mixer.layer_idx].recurrent_states[0] for cache in (alone, together))
+                assert_close("state", expected[0], actual[i], 1e-5)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
@@ -328,7 +333,7 @@ def test_training_lowers_the_loss_as_it_does_in_transformers(make_pair, tokens, 
 
 def test_lora_trains_every_tensor(make_family, tokens, assert_close, family):
     peft = pytest.importorskip("peft")
-    targets = {"zamba": r".*mamba\.(in|out)_proj"}.get(family, r".*(mixer|mamba)\.(in|x|dt)_proj")
+    targets = LORA_TARGETS.get(family, r".*(mixer|mamba)\.(in|x|dt)_proj")
     model = make_family(family)
     base = model(tokens(2, 9)).logits
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))

@@ -1,4 +1,6 @@
-"""Hybrids with the mixers of Mamba-2; what is asked of every family in more detail is asked of Mamba-2 itself."""
+"""Hybrids with mixers of heads; what is asked of every family in more detail is asked of Mamba-2 and Qwen3-Next."""
+
+import copy
 
 import pytest
 import torch
@@ -13,6 +15,13 @@ MIXERS = {
     "nemotron_h": ["model.layers.0.mixer", "model.layers.3.mixer"],
     "falcon_h1": ["model.layers.0.mamba", "model.layers.1.mamba"],
     "granitemoehybrid": ["model.layers.0.mamba", "model.layers.2.mamba"],
+    "qwen3_next": ["model.layers.0.linear_attn", "model.layers.2.linear_attn"],
+    "qwen3_5": ["model.layers.0.linear_attn", "model.layers.2.linear_attn"],
+    "qwen3_5_moe": ["model.layers.0.linear_attn", "model.layers.2.linear_attn"],
+    "qwen4_exp": ["model.layers.0.linear_attn", "model.layers.2.linear_attn"],
+    "olmo_hybrid": ["model.layers.0.linear_attn", "model.layers.2.linear_attn"],
+    "kimi_linear": ["model.layers.0.self_attn", "model.layers.2.self_attn"],
+    "bailing_hybrid": ["model.layers.0.self_attn", "model.layers.2.self_attn"],
 }
 KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 
@@ -61,6 +70,57 @@ def test_adapters_under_generation_and_padding(make_pair, adapt, tokens, assert_
     cached, whole = (ours.generate(tokens(2, 6), use_cache=use_cache, **options) for use_cache in (True, False))
     assert torch.equal(cached.sequences, whole.sequences)
     assert_close("logits", torch.stack(whole.logits), torch.stack(cached.logits), 1e-5)
+
+
+def test_packed_sequences_are_each_alone(make_pair, adapt, tokens, assert_close, family):
+    _, ours = make_pair(family)
+    adapt(ours, *KINDS)
+    rows = [tokens(1, length) for length in (5, 1, 9)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])
+    if family == "qwen4_exp":
+        with pytest.raises(ValueError, match="its attention chooses among all tokens of a row"):
+            ours(torch.cat(rows, dim=1), position_ids=positions[None])
+        return
+    with torch.no_grad():
+        expected = torch.cat([ours(row, use_cache=False).logits for row in rows], dim=1)
+        assert_close("logits", expected, ours(torch.cat(rows, dim=1), position_ids=positions[None]).logits, 1e-5)
+
+
+def test_text_model_of_glm(adapt, tokens, assert_close):
+    modeling = pytest.importorskip("transformers.models.glm5_next.modeling_glm5_next")
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "pad_token_id": 0}
+    sizes |= {"layer_types": ["linear_attention"] * 2, "mlp_layer_types": ["dense"] * 2, "hc_mult": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "linear_num_heads": 4, "linear_head_dim": 8}
+    theirs = modeling.Glm5NextTextModel(modeling.Glm5NextTextConfig(**sizes)).eval()
+    ours = copy.deepcopy(theirs)
+    ssmtune.patch(ours)
+    expected = theirs(tokens(2, 9), use_cache=False).last_hidden_state
+    assert_close("hidden states", expected, ours(tokens(2, 9), use_cache=False).last_hidden_state, 1e-5)
+    adapt(ours, *KINDS)
+    with torch.no_grad():
+        whole = ours(tokens(2, 6), use_cache=False).last_hidden_state
+        positions = torch.arange(6)[None]
+        first = ours(tokens(2, 6)[:, :4], position_ids=positions[:, :4], use_cache=True)
+        cache = {"past_key_values": first.past_key_values}
+        second = ours(tokens(2, 6)[:, 4:], position_ids=positions[:, 4:], **cache)
+        pieces = torch.cat([first.last_hidden_state, second.last_hidden_state], dim=1)
+        assert_close("in pieces", whole, pieces, 1e-5)
+        input_ids, mask = left_padded(tokens(2, 6), 3)
+        padded = ours(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        assert_close("padded", whole, padded[:, 3:], 1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "scan"])
+def test_what_is_made_again_changes_no_gradient(make_family, adapt, tokens, assert_close, family, recompute):
+    gradients = []
+    for how in ("cheap", recompute):
+        model = make_family(family)
+        ssmtune.patch(model, recompute=how)
+        adapt(model, *KINDS)
+        model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in gradients[0].items():
+        assert_close(name, grad, gradients[1][name], 1e-6)
 
 
 @pytest.mark.parametrize("least", [0.0, 0.05])

@@ -10,6 +10,7 @@ from ssmtune.tuners import InitialStateConfig, StateOffsetConfig
 FAMILIES = (
     *("mamba", "falcon_mamba", "jamba", "zamba", "mamba2", "zamba2"),
     *("bamba", "nemotron_h", "falcon_h1", "granitemoehybrid"),
+    *("qwen3_next", "qwen3_5", "olmo_hybrid", "kimi_linear"),
 )
 METHODS = {
     "offset": (StateOffsetConfig, {"rank": 2}, {"target": "y"}),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ssmtune.mixers import patched_class
 from ssmtune.tuners.additional_scan.config import AdditionalScanConfig
 from ssmtune.tuners.additional_scan.layer import AdditionalScanLayer
 from ssmtune.tuners.mixer_tuner import MixerTunerModel
@@ -16,9 +17,9 @@ class AdditionalScanModel(MixerTunerModel):
     merge_remedy = "Keep the adapter beside the model, or call unload() to have the model without it."
 
     def _check_mixers(self, peft_config: AdditionalScanConfig, mixers: list[nn.Module]) -> None:
-        heads = next((mixer for mixer in mixers if mixer.A_log.dim() == 1), None)
-        if heads is not None:
-            raise ValueError(
-                f"{type(heads).__name__} has no place for states of an adapter's own.\n"
-                "  They decay channel by channel, and all states of a head decay together. Use a state offset instead."
-            )
+        for mixer in mixers:
+            if (reason := patched_class(mixer).why_no_extra_states) is not None:
+                raise ValueError(
+                    f"{type(mixer).__name__} has no place for states of an adapter's own: {reason}.\n"
+                    "  Those of an adapter decay one by one. Use a state offset instead."
+                )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from ssmtune.mixers import find_mixers, state_shape
+from ssmtune.mixers import find_mixers, patched_class, state_shape
 from ssmtune.mixers.cache import read_states
 from ssmtune.tuners.initial_state.layer import InitialStateLayer
 from ssmtune.tuners.initial_state.model import InitialStateModel
@@ -57,12 +57,13 @@ def initial_state_from_text(model: nn.Module, tokenizer: Any, text: str, adapter
             "  Pass a text, or leave the adapter at zero."
         )
     with as_base(model, [layer for _, layer in mixers]), torch.no_grad():
-        output = model(input_ids=input_ids.to(mixers[0][0].A_log.device), use_cache=True)
+        output = model(input_ids=input_ids.to(mixers[0][0].conv1d.weight.device), use_cache=True)
     cache = output.get("cache_params", output.get("past_key_values"))
     for mixer, layer in mixers:
         context, state = read_states(cache, mixer.layer_idx, mixer.conv_kernel_size)
         # States that another adapter has beside those of the mixer come after these.
-        layer.assign("h", adapter_name, state[..., : layer.dstate].reshape(layer.dim, layer.dstate))
+        state = mixer.as_cached(state)[..., : layer.dstate]
+        layer.assign("h", adapter_name, state.reshape(layer.dim, layer.dstate))
         if adapter_name in layer.tensors("conv"):
             layer.assign("conv", adapter_name, context[0])
     return input_ids.shape[1]
@@ -97,8 +98,8 @@ def starting_cache(model: nn.Module, batch_size: int = 1) -> Cache:
     config = next(module.config for module in model.modules() if hasattr(module, "config"))
     cache = DynamicCache(config=config)
     for mixer in mixers:
-        weight = mixer.A_log
-        conv = mixer.out_proj.weight.new_zeros(batch_size, mixer.conv1d.weight.shape[0], mixer.conv_kernel_size)
+        weight = mixer.conv1d.weight
+        conv = weight.new_zeros(batch_size, weight.shape[0], mixer.conv_kernel_size)
         state = weight.new_zeros(batch_size, *state_shape(mixer), dtype=torch.float32)
         if (layer := adapted.get(id(mixer))) is not None:
             inputs = layer.state_inputs()
@@ -107,7 +108,7 @@ def starting_cache(model: nn.Module, batch_size: int = 1) -> Cache:
             if inputs.conv_state is not None:
                 conv[..., 1:] = inputs.conv_state
         cache.update_conv_state(conv, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
-        cache.update_recurrent_state(state, mixer.layer_idx)
+        cache.update_recurrent_state(patched_class(mixer).as_cached(state), mixer.layer_idx)
     return cache
 
 
