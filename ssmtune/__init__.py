@@ -32,6 +32,7 @@ _HOME = {
     "WeightSubsetConfig": "tuners",
     "load_adapters": "tuners.several",
     "initial_state_from_text": "tuners.initial_state",
+    "load_s0_states": "tuners.initial_state",
     "starting_cache": "tuners.initial_state",
     "from_mamba_ssm": "conversion",
     "to_mamba_ssm": "conversion",

@@ -42,6 +42,9 @@ class MethodConfig:
     target_modules: list[str] | None = _option(None, "modules that get LoRA (default: see docs/methods.md)")
     layers: list[int] | None = _option(None, "layers to adapt (default: all)", minimum=0)
     conv_state: bool | None = _option(None, "learn what the convolution sees left of the first token too")
+    inference_scale: float | None = _option(
+        None, "times the trained initial state is taken once training is over (default: 1)", above=0
+    )
     reparametrize: int | None = _option(
         None, "train a state or virtual tokens through an MLP with so many hidden units", minimum=1
     )
@@ -79,10 +82,12 @@ class TrainConfig:
         "adamw", "adamw, or mezo: forward passes alone, in the memory of inference; needs lr", choices=("adamw", "mezo")
     )
     eps: float = _option(1e-3, "of mezo: how far it looks in both directions", above=0)
-    warmup: float = _option(
-        0.05, "share of the steps in which the rate rises, before it falls linearly to 0", minimum=0, maximum=1
+    warmup: float = _option(0.05, "share of the steps in which the rate rises", minimum=0, maximum=1)
+    schedule: str = _option(
+        "linear", "how the rate goes on then: it falls linearly to 0, or stays", choices=("linear", "constant")
     )
     weight_decay: float = _option(0.0, "AdamW weight decay", minimum=0)
+    l2: float = _option(0.0, "times the sum of squares of what is trained is added to what is minimised", minimum=0)
     clip: float = _option(1.0, "largest gradient norm", above=0)
     seed: int = _option(0, "seed of initialisation, data order and dropout", minimum=0)
     dtype: str = _option(

@@ -87,7 +87,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train what is trainable in a model, with a learning rate that rises, then falls linearly to zero.
+    """Train what is trainable in a model, with a learning rate that rises, then falls linearly to zero or stays.
 
     The order of the examples depends on `config.seed` alone, so every method sees the same batches. Two runs with the
     same arguments give the same weights, and so does one that was interrupted and resumed.
@@ -104,13 +104,18 @@ def train(
         progress: print a line for each log step.
 
     Raises:
-        ConfigError: no learning rate; a checkpoint of other settings or data.
+        ConfigError: no learning rate; `l2` without gradients; a checkpoint of other settings or data.
         RuntimeError: the loss or a gradient became NaN or infinite.
         TrainingInterrupted: Ctrl-C, after a checkpoint was saved in `out`.
     """
     if config.lr is None:
         raise ConfigError(
             "train.lr is not set.\n  Every method has its own default: ssmtune.methods.METHODS[name].default_lr."
+        )
+    if config.l2 and config.optimizer == "mezo":
+        raise ConfigError(
+            f"train.l2 is {config.l2} with train.optimizer mezo, which has no gradients to add it to.\n"
+            "  Leave train.l2 out, or train with adamw."
         )
     evaluation = evaluation or EvalConfig()
     train_data = encode_all(tokenizer, train_examples, max_length)
@@ -189,7 +194,7 @@ class _Trainer(Trainer):
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.accumulation,
             learning_rate=config.lr,
-            lr_scheduler_type="linear",
+            lr_scheduler_type={"linear": "linear", "constant": "constant_with_warmup"}[config.schedule],
             warmup_steps=round(config.steps * config.warmup),
             weight_decay=config.weight_decay,
             max_grad_norm=config.clip,
@@ -261,7 +266,16 @@ class _Trainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise diverged("the loss", loss.item(), self.state.global_step + 1, self._get_learning_rate())
+        if self.config.l2 and self.accelerator.sync_gradients:
+            self._pull_to_zero()
         return loss
+
+    @torch.no_grad()
+    def _pull_to_zero(self) -> None:
+        """Add the gradient of `l2` times the sum of squares, once a step, and before gradients are clipped."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter, alpha=2 * self.config.l2)
 
     def _look_ahead(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of a batch, by which MeZO, the optimizer inside of accelerate's, will make its step."""

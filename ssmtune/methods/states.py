@@ -45,7 +45,7 @@ _OPTIONS = ("rank", "alpha", "dropout", "layers", "reparametrize")
 STATE_METHODS = (
     Method(
         "initial-state", "Initial State Tuning", 2e-3, "state",
-        add_initial_state, (*_OPTIONS, "conv_state"), state_mixers,
+        add_initial_state, (*_OPTIONS, "conv_state", "inference_scale"), state_mixers,
     ),
     Method("state-offset", "State-offset Tuning (h)", 2e-4, "state", add_state_offset, _OPTIONS, state_mixers),
     Method(

@@ -16,4 +16,4 @@ class InitialStateModel(StateTunerModel):
     )
 
     def _combined_fields(self, adapters, configs):
-        return {"conv_state": any(config.conv_state for config in configs)}
+        return {"conv_state": any(config.conv_state for config in configs), "inference_scale": 1.0}

@@ -1,0 +1,110 @@
+"""States that the package s0-tuning has saved, as adapters of Initial State Tuning."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ssmtune.mixers import find_mixers, state_shape
+from ssmtune.tuners.initial_state.config import InitialStateConfig
+from ssmtune.tuners.initial_state.model import InitialStateModel
+
+_FILES = ("states.safetensors", "states.pt")
+_ARCHITECTURE, _SCALE = "mamba2", 0.65
+"""What meta.json calls models like Falcon-H1, and what s0-tuning takes for their alpha where none was set."""
+
+
+def load_s0_states(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """Load states that `S0Trainer.save` of s0-tuning 0.1 wrote, as an adapter of Initial State Tuning.
+
+        h_0 = alpha S_0, or alpha S_0 / |S_0| where S0Config.normalize was set
+
+    The states go into the adapter as they were trained, and alpha is its `inference_scale`. So in evaluation mode the
+    model is what `S0Trainer.activate` makes of it, and training goes on from where it was. S0 tuning is described in
+    https://arxiv.org/abs/2604.01168.
+
+    Args:
+        model: the model the states were trained on, or a `PeftModel` of Initial State Tuning around it.
+        folder: what was saved: states.safetensors (or states.pt), and config.json and meta.json if they are there.
+        adapter_name: the name of the new adapter.
+
+    Returns:
+        The model with the adapter, in evaluation mode.
+
+    Raises:
+        ValueError: the folder is no such one, or its states do not fit the model.
+
+    Example:
+        >>> base = AutoModelForCausalLM.from_pretrained("tiiuae/Falcon-H1-7B-Instruct")
+        >>> model = ssmtune.load_s0_states(base, "my_s0_states")
+        >>> model.save_pretrained("adapter")
+    """
+    states, settings, kind = _read(Path(folder))
+    if kind != _ARCHITECTURE:
+        raise ValueError(
+            f"the states in {folder} are of the architecture {kind!r}, of which they cannot be taken over.\n"
+            f"  Those of {_ARCHITECTURE!r}, as of a Falcon-H1, can. Train others here, by InitialStateConfig."
+        )
+    numbers = ((re.search(r"\.(\d+)\.", name), mixer) for name, mixer in find_mixers(model))
+    mixers = {int(number[1]): mixer for number, mixer in numbers if number}
+    _check_fit(folder, states, {layer: state_shape(mixer) for layer, mixer in mixers.items()})
+    scale = settings.get("alpha")
+    config = InitialStateConfig(
+        task_type="CAUSAL_LM",
+        inference_scale=_SCALE if scale is None else scale,
+        layers_to_transform=None if states.keys() == mixers.keys() else sorted(states),
+    )
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+    else:
+        model = get_peft_model(model, config, adapter_name=adapter_name)
+    for layer, state in states.items():
+        adapter = mixers[layer]._modules[InitialStateModel.child_name]
+        if settings.get("normalize") and state.norm() > 0:
+            state = state / state.norm()
+        with torch.no_grad():
+            adapter.tensors("h")[adapter_name].copy_(state.flatten(0, -2))
+    return model.eval()
+
+
+def _read(folder: Path) -> tuple[dict[int, Tensor], dict[str, Any], str]:
+    """The states by layer, the settings of their training, and the kind of their mixers."""
+    file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / _FILES[0])
+    try:
+        settings, meta = (
+            json.loads(path.read_text(encoding="utf-8")) if (path := folder / name).is_file() else {}
+            for name in ("config.json", "meta.json")
+        )
+        stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        return {int(layer): state.float() for layer, state in stored.items()}, settings, meta.get("arch", _ARCHITECTURE)
+    except Exception as error:  # noqa: BLE001 - safetensors, pickle and JSON raise unrelated kinds
+        raise ValueError(
+            f"cannot read {folder} as states of s0-tuning: {str(error).splitlines()[0]}.\n"
+            f"  It has to hold {' or '.join(_FILES)}, with a tensor for each layer alone: other pickles can run code.\n"
+            "  Pass the folder that S0Trainer.save wrote; save it again with s0-tuning 0.1 if it is older."
+        ) from None
+
+
+def _check_fit(folder: str | Path, states: dict[int, Tensor], shapes: dict[int, tuple[int, ...]]) -> None:
+    odd = next((layer for layer, state in states.items() if shapes.get(layer) != tuple(state.shape)), None)
+    if odd is not None or not states:
+        found = f"{tuple(states[odd].shape)} for layer {odd}" if states else "none at all"
+        needed = f"{shapes[odd]} there" if odd in shapes else f"mixers in the layers {sorted(shapes)}"
+        raise ValueError(
+            f"the states in {folder} do not fit: {found}, and this model has {needed}.\n"
+            "  They were trained on another model. Load them on that one."
+        )
+    bad = next((layer for layer, state in states.items() if not state.isfinite().all()), None)
+    if bad is not None:
+        raise ValueError(
+            f"the state of layer {bad} in {folder} holds NaN or infinity.\n"
+            "  Its training diverged, or the file is damaged. Train it again, with a smaller rate."
+        )
