@@ -97,6 +97,14 @@ class TrainConfig:
     )
     autocast: bool = _option(False, "compute in bfloat16 from float32 weights: faster where the processor can")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: slower, less memory")
+    chunk_length: int | None = _option(
+        None, "run so many tokens at once, from the state that those before them left: texts of any length", minimum=2
+    )
+    chunk_gradients: str = _option(
+        "exact",
+        "with chunk_length: exact, or truncated at the borders of chunks, which takes a forward pass less",
+        choices=("exact", "truncated"),
+    )
     log_every: int = _option(10, "steps between lines of metrics.jsonl", minimum=1)
     save_every: int | None = _option(None, "steps between checkpoints (default: eval.every)", minimum=1)
     keep: str = _option(

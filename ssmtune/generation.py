@@ -10,6 +10,7 @@ from torch import nn
 
 from ssmtune.data import IGNORED, Collator, Encoded, Example, encode, encode_prompt
 from ssmtune.likelihood import evaluating, pad_id, target_losses
+from ssmtune.long_inputs import chunked_losses
 
 
 class TargetScore(NamedTuple):
@@ -105,18 +106,23 @@ def target_log_likelihood(
     return score_encoded(model, encoded, pad_id(tokenizer), batch_size)
 
 
-def score_encoded(model: nn.Module, encoded: Sequence[Encoded], padding: int, batch_size: int) -> list[TargetScore]:
-    """Score the labelled tokens of encoded examples, in their order."""
+def score_encoded(
+    model: nn.Module, encoded: Sequence[Encoded], padding: int, batch_size: int, chunk_length: int | None = None
+) -> list[TargetScore]:
+    """Score the labelled tokens of encoded examples, in their order; with a chunk length, so many tokens at once."""
     collate = Collator(padding)
     device = next(model.parameters()).device
     scores: list[TargetScore] = [TargetScore(0.0, 0)] * len(encoded)
     with evaluating(model):
         for chosen in _batches([item.input_ids for item in encoded], batch_size):
             batch = {key: value.to(device) for key, value in collate([encoded[index] for index in chosen]).items()}
-            totals = -target_losses(model, batch).double().sum(1)
+            if chunk_length is None:
+                losses = target_losses(model, batch).double().sum(1)
+            else:
+                losses = chunked_losses(model, batch, chunk_length)
             counts = (batch["labels"] != IGNORED).sum(1)
-            for index, total, count in zip(chosen, totals.tolist(), counts.tolist(), strict=True):
-                scores[index] = TargetScore(total, count)
+            for index, loss, count in zip(chosen, losses.tolist(), counts.tolist(), strict=True):
+                scores[index] = TargetScore(-loss, count)
     return scores
 
 

@@ -29,9 +29,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from ssmtune import memory
 from ssmtune.config import ConfigError, EvalConfig, TrainConfig
-from ssmtune.data import Collator, EncodedExamples, Example, encode_all
+from ssmtune.data import Collator, Encoded, EncodedExamples, Example, encode_all
 from ssmtune.generation import score_encoded
 from ssmtune.likelihood import pad_id, target_losses
+from ssmtune.long_inputs import check_chunkable, chunked_backward
 from ssmtune.master_weights import MasterAdamW
 from ssmtune.mezo import MeZO
 from ssmtune.models import no_progress_bars, portable_name
@@ -104,7 +105,8 @@ def train(
         progress: print a line for each log step.
 
     Raises:
-        ConfigError: no learning rate; `l2` without gradients; a checkpoint of other settings or data.
+        ConfigError: no learning rate; settings that contradict each other; a checkpoint of other settings or data.
+        ValueError: there is a chunk length, and the model cannot be run in chunks.
         RuntimeError: the loss or a gradient became NaN or infinite.
         TrainingInterrupted: Ctrl-C, after a checkpoint was saved in `out`.
     """
@@ -117,6 +119,8 @@ def train(
             f"train.l2 is {config.l2} with train.optimizer mezo, which has no gradients to add it to.\n"
             "  Leave train.l2 out, or train with adamw."
         )
+    if config.chunk_length is not None:
+        _check_chunks(model, config)
     evaluation = evaluation or EvalConfig()
     train_data = encode_all(tokenizer, train_examples, max_length)
     dev_data = encode_all(tokenizer, dev_examples, max_length)
@@ -249,8 +253,7 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss of the target tokens of all batches of a step, over all processes."""
-        # not through Trainer's own option, which would leave the model wrapped, and evaluated, in bfloat16
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.config.autocast):
+        with self._autocast():
             losses = target_losses(model, inputs, base=self.accelerator.unwrap_model(model))
         loss = losses.sum() / num_items_in_batch * self.args.world_size
         return (loss, {}) if return_outputs else loss
@@ -262,6 +265,8 @@ class _Trainer(Trainer):
         self.record.tokens += int(tokens)
         if self.config.optimizer == "mezo":
             loss = self._look_ahead(model, inputs, num_items_in_batch)
+        elif self.config.chunk_length is not None:
+            loss = self._go_over_chunks(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -277,6 +282,23 @@ class _Trainer(Trainer):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter, alpha=2 * self.config.l2)
 
+    def _autocast(self) -> torch.autocast:
+        # not through Trainer's own option, which would leave the model wrapped, and evaluated, in bfloat16
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.config.autocast)
+
+    def _go_over_chunks(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """The loss of a batch, after a backward pass through each of its chunks."""
+        model.train()
+        with self._autocast():
+            return chunked_backward(
+                model,
+                self._prepare_inputs(inputs),
+                self.config.chunk_length,
+                gradients=self.config.chunk_gradients,
+                divisor=num_items_in_batch / self.args.world_size,
+                base=self.accelerator.unwrap_model(model),
+            )
+
     def _look_ahead(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of a batch, by which MeZO, the optimizer inside of accelerate's, will make its step."""
         model.eval()  # dropout would differ in both directions
@@ -289,7 +311,8 @@ class _Trainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The mean loss of all target tokens of the dev set, each counted once."""
         share = self.dev_data.items[self.args.process_index :: self.args.world_size]
-        scores = score_encoded(self.model, share, pad_id(self.record.tokenizer), self.evaluation.batch_size)
+        padding, chunk_length = pad_id(self.record.tokenizer), self.config.chunk_length
+        scores = score_encoded(self.model, share, padding, self.evaluation.batch_size, chunk_length)
         sums = torch.tensor(
             [[sum(s.log_likelihood for s in scores), sum(s.tokens for s in scores)]],
             dtype=torch.float32 if self.args.device.type == "mps" else torch.float64,
@@ -437,6 +460,16 @@ def _settings(config: TrainConfig, data: EncodedExamples, model: nn.Module) -> d
     return {"settings": {**train, "data": digest.hexdigest()[:16], "trainable tensors": tensors.hexdigest()[:16]}}
 
 
+def _check_chunks(model: nn.Module, config: TrainConfig) -> None:
+    for key, chosen in (("gradient_checkpointing", config.gradient_checkpointing), ("optimizer", config.optimizer)):
+        if chosen in (True, "mezo"):
+            raise ConfigError(
+                f"train.chunk_length is {config.chunk_length}, and train.{key} is {str(chosen).lower()}.\n"
+                "  Chunks need a state handed on, and a backward pass through each of them. Leave one of the two out."
+            )
+    check_chunkable(model)
+
+
 def _recompute_activations(model: nn.Module) -> None:
     # transformers 5.23 renamed it
     options = {"use_reentrant": False}
@@ -485,6 +518,8 @@ def _warn_of_dead_tensors(trainer: _Trainer, log: RunLog) -> None:
     from ssmtune.gradcheck import check_gradients
 
     first = [trainer.train_dataset[index] for index, _ in zip(trainer._get_train_sampler(), range(2), strict=False)]
+    if (length := trainer.config.chunk_length) is not None:
+        first = [Encoded(item.input_ids[-length:], item.labels[-length:]) for item in first]
     report = check_gradients(trainer.model, trainer.data_collator(first))
     if not report.ok:
         log.progress.write(str(report))

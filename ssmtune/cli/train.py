@@ -26,6 +26,8 @@ The data is JSONL or CSV with the columns prompt and completion, or whatever --d
   ssmtune train --data words.csv --data.template '{word} means' --data.target meaning
 Or it is that of a task, which `ssmtune compare --help` lists:
   ssmtune train mamba-5m --method lora --task e2e --data-dir data/e2e --out runs/e2e
+Texts that memory does not hold at once go through in chunks, with the state carried on:
+  ssmtune train mamba-5m --method state-offset --data books.jsonl --data.max_length 100000 --train.chunk_length 2000
 
 exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted
 """
@@ -230,7 +232,8 @@ def _print_plan(config: RunConfig, method, model, tokenizer, train_examples, dev
     longest = max(len(item.input_ids) for item in data.items)
     settings = config.train
     forward_only = settings.optimizer == "mezo"
-    estimate = estimate_bytes(model, settings.batch_size, longest, settings.gradient_checkpointing, forward_only)
+    at_once = min(longest, settings.chunk_length or longest)
+    estimate = estimate_bytes(model, settings.batch_size, at_once, settings.gradient_checkpointing, forward_only)
     per_step = config.train.batch_size * config.train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     passes = config.train.steps * per_step / len(data)
     rows = [
