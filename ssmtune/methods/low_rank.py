@@ -12,13 +12,15 @@ from ssmtune.methods.needs import modules
 if TYPE_CHECKING:
     from torch import nn
 
-# The projections of a Mamba mixer in which LoRA trains: a patched mixer calls each of them as a module.
+# The projections of a mixer in which LoRA trains: a patched mixer calls each of them as a module.
 # out_proj is left out because peft refuses it on Mamba. A model without any gets LoRA in every linear layer but its
 # head, as in Dettmers et al., QLoRA, 2023: of GPT-NeoX query_key_value, dense, dense_h_to_4h and
 # dense_4h_to_h, of Llama q, k, v, o, gate, up and down_proj.
-LORA_TARGETS = ("in_proj", "x_proj", "dt_proj")
-# Those of Gated DeltaNet, in one piece for key heads (Qwen3-Next) or each apart (Qwen3.5).
-LORA_TARGETS += ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+LORA_TARGETS = (
+    *("in_proj", "x_proj", "dt_proj"),
+    # Of Gated DeltaNet, where they come together (Qwen3-Next) or apart (Qwen3.5).
+    *("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
 # Those among them that make what the recurrence reads: B, C and the time step.
 S6_TARGETS = ("x_proj", "dt_proj")
 LORA_RANK = 8

@@ -1,5 +1,7 @@
 """The gated delta rule with trainable initial states and trainable offsets."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -87,12 +89,12 @@ def gated_delta_rule(
     layouts = {"q": (_KEYS,), "k": (_KEYS,), "g": (heads, (*heads, "kdim")), "beta": (heads,)}
     layouts |= dict.fromkeys(("initial_state", "state_offset"), (_STATE, (rows, *_STATE)))
     layouts["output_offset"] = (("nheads", "vdim"), (rows, "nheads", "vdim"))
+    why = "batch, seqlen, nheads and vdim are those of v, nkeyheads and kdim those of k."
     for name, known in layouts.items():
-        why = "batch, seqlen, nheads and vdim are those of v, nkeyheads and kdim those of k."
         arguments.check_shape(op, name, tensors[name], known, sizes, why)
 
     n_rows, group = sizes[rows], sizes["nheads"] // sizes["nkeyheads"]
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     dtype = v.dtype
     # Autocast would round the state to its dtype.
     with torch.autocast(v.device.type, enabled=False):
