@@ -1,7 +1,8 @@
 """Time a step of S0 tuning of a Falcon-H1 on the CPU, in the package s0-tuning and here, and take its peak memory.
 
 A step is all of a few examples, forward and backward, and Adam's update of the initial states. s0-tuning runs example
-after example, with the scan of transformers and, so that the scan is left out of the comparison, with that of ssmtune.
+after example, with the scan of transformers and, so that the scan is left out of the comparison, with that of ssmtune,
+which runs them one by one too, and in one batch.
 Losses of three steps are compared first; then they take turns, so that a busy machine is busy for all of them. The
 ratios are medians over rounds, in which each ran once. Needs s0-tuning: pip install s0-tuning==0.1.2.
 """
@@ -69,8 +70,8 @@ def make(sizes: Sizes) -> tuple[nn.Module, Tensor]:
     return FalconH1ForCausalLM(config).eval(), torch.randint(1024, (sizes.examples, sizes.seqlen))
 
 
-def here(sizes: Sizes) -> Callable[[int], float]:
-    """So many steps of Initial State Tuning, which give the loss of the last."""
+def here(sizes: Sizes, batch: int) -> Callable[[int], float]:
+    """So many steps of Initial State Tuning in batches of a size, which give the loss of the last."""
     model, tokens = make(sizes)
     model = get_peft_model(model, ssmtune.InitialStateConfig())
     states = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -83,11 +84,15 @@ def here(sizes: Sizes) -> Callable[[int], float]:
         optimizer = torch.optim.Adam(states, lr=RATE)
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = model(input_ids=tokens, labels=labels).loss
-            (loss + L2 * sum(state.square().sum() for state in states)).backward()
+            loss = 0.0
+            for inputs, targets in zip(tokens.split(batch), labels.split(batch), strict=True):
+                share = model(input_ids=inputs, labels=targets).loss * len(inputs) / sizes.examples
+                share.backward()
+                loss += share.item()
+            (L2 * sum(state.square().sum() for state in states)).backward()
             torch.nn.utils.clip_grad_norm_(states, CLIP)
             optimizer.step()
-        return loss.item()
+        return loss
 
     return train
 
@@ -115,7 +120,8 @@ def scan_here(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk_s
 
 
 CASES: dict[str, Callable[[Sizes], Callable[[int], float]]] = {
-    "ssmtune": here,
+    "ssmtune": lambda sizes: here(sizes, sizes.examples),
+    "ssmtune, one by one": lambda sizes: here(sizes, 1),
     "s0-tuning, scan of ssmtune": lambda sizes: there(sizes, scan_here),
     "s0-tuning, scan of transformers": lambda sizes: there(sizes, mamba2_chunk_scan),
 }

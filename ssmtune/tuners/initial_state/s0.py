@@ -12,13 +12,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssmtune.mixers import find_mixers, state_shape
+from ssmtune.mixers import find_mixers, patched_class, state_shape
 from ssmtune.tuners.initial_state.config import InitialStateConfig
 from ssmtune.tuners.initial_state.model import InitialStateModel
 
 _FILES = ("states.safetensors", "states.pt")
-_ARCHITECTURE, _SCALE = "mamba2", 0.65
-"""What meta.json calls models like Falcon-H1, and what s0-tuning takes for their alpha where none was set."""
+_SCALES = {"mamba2": 0.65, "gated_delta_net": 0.07}
+"""What s0-tuning takes for alpha where none was set, by what meta.json calls the architecture."""
 
 
 def load_s0_states(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
@@ -47,18 +47,18 @@ def load_s0_states(model: nn.Module, folder: str | Path, adapter_name: str = "de
         >>> model.save_pretrained("adapter")
     """
     states, settings, kind = _read(Path(folder))
-    if kind != _ARCHITECTURE:
+    if kind not in _SCALES:
         raise ValueError(
-            f"the states in {folder} are of the architecture {kind!r}, of which they cannot be taken over.\n"
-            f"  Those of {_ARCHITECTURE!r}, as of a Falcon-H1, can. Train others here, by InitialStateConfig."
+            f"the states in {folder} are of the architecture {kind!r}, which is not known here.\n"
+            f"  Those of {' and '.join(_SCALES)} are. Train others anew, by InitialStateConfig."
         )
     numbers = ((re.search(r"\.(\d+)\.", name), mixer) for name, mixer in find_mixers(model))
     mixers = {int(number[1]): mixer for number, mixer in numbers if number}
-    _check_fit(folder, states, {layer: state_shape(mixer) for layer, mixer in mixers.items()})
+    _check_fit(folder, states, {layer: _stored_shape(mixer) for layer, mixer in mixers.items()})
     scale = settings.get("alpha")
     config = InitialStateConfig(
         task_type="CAUSAL_LM",
-        inference_scale=_SCALE if scale is None else scale,
+        inference_scale=_SCALES[kind] if scale is None else scale,
         layers_to_transform=None if states.keys() == mixers.keys() else sorted(states),
     )
     if isinstance(model, PeftModel):
@@ -71,7 +71,7 @@ def load_s0_states(model: nn.Module, folder: str | Path, adapter_name: str = "de
         if settings.get("normalize") and state.norm() > 0:
             state = state / state.norm()
         with torch.no_grad():
-            adapter.tensors("h")[adapter_name].copy_(state.flatten(0, -2))
+            adapter.tensors("h")[adapter_name].copy_(mixers[layer].as_cached(state).flatten(0, -2))
     return model.eval()
 
 
@@ -84,13 +84,18 @@ def _read(folder: Path) -> tuple[dict[int, Tensor], dict[str, Any], str]:
             for name in ("config.json", "meta.json")
         )
         stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        return {int(layer): state.float() for layer, state in stored.items()}, settings, meta.get("arch", _ARCHITECTURE)
+        return {int(layer): state.float() for layer, state in stored.items()}, settings, meta.get("arch", "mamba2")
     except Exception as error:  # noqa: BLE001 - safetensors, pickle and JSON raise unrelated kinds
         raise ValueError(
             f"cannot read {folder} as states of s0-tuning: {str(error).splitlines()[0]}.\n"
             f"  It has to hold {' or '.join(_FILES)}, with a tensor for each layer alone: other pickles can run code.\n"
             "  Pass the folder that S0Trainer.save wrote; save it again with s0-tuning 0.1 if it is older."
         ) from None
+
+
+def _stored_shape(mixer: nn.Module) -> tuple[int, ...]:
+    """The axes of a state as s0-tuning has it, which are those of a cache without the batch."""
+    return tuple(patched_class(mixer).as_cached(torch.empty(state_shape(mixer), device="meta")).shape)
 
 
 def _check_fit(folder: str | Path, states: dict[int, Tensor], shapes: dict[int, tuple[int, ...]]) -> None:
