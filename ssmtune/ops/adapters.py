@@ -81,4 +81,7 @@ def gather_rows(stack: Tensor, adapter_index: Tensor) -> Tensor:
     """
     known = (adapter_index >= 0) & (adapter_index < stack.shape[0])
     rows = stack[adapter_index.clamp(0, stack.shape[0] - 1).long()]
+    # A pass over all rows less, where it is free to see that each has an adapter.
+    if known.device.type == "cpu" and not torch.compiler.is_compiling() and bool(known.all()):
+        return rows
     return rows.masked_fill(~known.view(-1, *[1] * (stack.dim() - 1)), 0)
