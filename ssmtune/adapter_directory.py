@@ -96,10 +96,11 @@ def load_directory(folders: Mapping[str, Path], base: str | None = None) -> tupl
         ConfigError, ValueError: the adapters are of several bases or methods, or of one that batches cannot mix, or as
             `load_model` and `load_folders`.
     """
-    from ssmtune.models import load_folders, load_model
+    from ssmtune.models import load_folders, load_model, read_adapter_config
 
-    base = _common_base(folders) if base is None else base
-    _check_method(folders)
+    configs = {name: read_adapter_config(folder) for name, folder in folders.items()}
+    base = _common_base(configs) if base is None else base
+    _check_method(configs, folders)
     model, tokenizer = load_model(base)
     return (load_folders(model, folders) if folders else model), tokenizer
 
@@ -109,12 +110,12 @@ def _adapter_in(path: Path) -> Path | None:
     return next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
 
 
-def _common_base(folders: Mapping[str, Path]) -> str:
-    from ssmtune.models import portable_name, read_adapter_config
+def _common_base(configs: Mapping[str, dict[str, Any]]) -> str:
+    from ssmtune.models import portable_name
 
     bases: dict[str | None, str] = {}
-    for name, folder in folders.items():
-        bases.setdefault(portable_name(read_adapter_config(folder).get("base_model_name_or_path")), name)
+    for name, config in configs.items():
+        bases.setdefault(portable_name(config.get("base_model_name_or_path")), name)
     if not bases or None in bases:
         raise ConfigError(
             ("no prompt names an adapter" if not bases else f"{bases[None]!r} does not say which model it is for")
@@ -129,20 +130,19 @@ def _common_base(folders: Mapping[str, Path]) -> str:
     return next(iter(bases))
 
 
-def _check_method(folders: Mapping[str, Path]) -> None:
-    from ssmtune.models import read_adapter_config
+def _check_method(configs: Mapping[str, dict[str, Any]], folders: Mapping[str, Path]) -> None:
     from ssmtune.tuners.several import adapter_folders
 
     methods: dict[str, str] = {}
-    for name, folder in folders.items():
-        config = read_adapter_config(folder)
+    for name, config in configs.items():
         method = "LORA with DoRA" if config.get("use_dora") else config["peft_type"]
-        if len(adapter_folders(folder)) > 1:
+        if len(adapter_folders(folders[name])) > 1:
             method = "several methods at once"
         if method not in MIXED:
             raise ValueError(
                 f"{name!r} is an adapter of {method}, which a batch of several adapters cannot have.\n"
-                f"  These can: {', '.join(MIXED)}. Generate with it alone: ssmtune generate {folder} --prompt-file FILE"
+                f"  Those of {', '.join(MIXED)} can.\n"
+                f"  Generate with it alone: ssmtune generate {folders[name]} --prompt-file FILE"
             )
         methods.setdefault(method, name)
     if len(methods) > 1:

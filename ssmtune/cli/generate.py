@@ -56,7 +56,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     _check_usage(args)
     import_modules(filter(None, (args.imports or "").split(",")))
-    return _continue_by_adapters(args) if args.adapters else _continue(args)
+    return _continue(args) if args.adapters is None else _continue_by_adapters(args)
 
 
 def _check_usage(args: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def _continue_by_adapters(args: argparse.Namespace) -> int:
     content = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     if args.out:
         write_whole(Path(args.out), content)
-        print(f"texts    {args.out}: {len(rows)} of {len(folders)} adapters")
+        print(f"texts    {args.out} ({len(rows)}, by {len(folders)} adapters)")
     else:
         print(content, end="")
     return 0

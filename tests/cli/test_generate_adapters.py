@@ -53,7 +53,7 @@ def test_texts_are_those_of_each_adapter_alone(stored, prompts, tiny_checkpoint,
     out = tmp_path / "texts.jsonl"
     assert generate("--adapters", stored / method, "--prompts", prompts, "--out", out, "--batch-size", 3) == 0
     written = capsys.readouterr()
-    assert written.out == f"texts    {out}: 5 of 2 adapters\n" and written.err.endswith("prompt 5/5\n")
+    assert written.out == f"texts    {out} (5, by 2 adapters)\n" and written.err.endswith("prompt 5/5\n")
     texts = []
     for prompt, adapter in ROWS:
         place = tiny_checkpoint if adapter is None else stored / method / adapter
