@@ -2,8 +2,9 @@
 
 transformers hands `position_ids` and their like to attention layers only, never to the mixers of a Mamba. What does
 reach them is `attention_mask`, as it is, layer by layer. So a hook of the model, run before its forward pass, puts the
-boundaries there: cu_seqlens, which a mixer knows from a mask by its single dimension. As an argument of the layers they
-are at hand when gradient checkpointing runs one again, whatever the model did in between.
+boundaries there: cu_seqlens, which a mixer knows from a mask by its single dimension. The model of Mamba-2 lets no such
+mask through, but hands keywords on to its layers. As an argument of the layers they are at hand when gradient
+checkpointing runs one again, whatever the model did in between.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .positions import continue_positions
 from .selective_mixer import SelectiveMixer
 
 # A handle that is pickled with the model keeps the number of the hook from being given away again.
@@ -59,7 +61,7 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         args = ()
     if _is_handed_down(kwargs.get("attention_mask")):
-        return None
+        return args, _with_boundaries(model, kwargs, kwargs["attention_mask"])
     hybrid = any(kind != "linear_attention" for kind in getattr(model.config, "layer_types", None) or ())
     if hybrid and model.base_model is not model:
         # The model inside gets the same keywords and builds the masks.
@@ -74,8 +76,10 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
             f"{type(model).__name__} got {told}, which packs sequences, together with {other}.\n"
             "  A packed batch has no pads and continues nothing. Leave one of the two out."
         )
-    if other is not None or inputs is None:
+    if inputs is None:
         return None
+    if other is not None:
+        return continue_positions(model, args, kwargs, inputs)
     cu_seqlens = find_sequences(kwargs, inputs.shape[0], inputs.shape[1])
     if cu_seqlens is None:
         return None
@@ -88,7 +92,7 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
 
     kwargs = {**kwargs, "use_cache": False}
     if not hybrid:
-        return args, {**kwargs, "attention_mask": cu_seqlens}
+        return args, _with_boundaries(model, kwargs, cu_seqlens)
     if told is not None:
         starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
         positions = torch.arange(starts.shape[0], device=starts.device) - starts
@@ -139,6 +143,14 @@ def _models(model: nn.Module) -> list[nn.Module]:
 def _is_handed_down(attention_mask: Any) -> bool:
     mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
     return isinstance(mask, Tensor) and mask.dim() == 1
+
+
+def _with_boundaries(model: nn.Module, kwargs: dict[str, Any], boundaries: Tensor | dict) -> dict[str, Any]:
+    """The keywords of a model, with the boundaries, or masks that have them, in the place of its mask."""
+    kwargs = {**kwargs, "attention_mask": boundaries}
+    if model.config.model_type == "mamba2" and model.base_model is model:
+        kwargs["cu_seqlens"] = boundaries
+    return kwargs
 
 
 def check_patched(model: nn.Module, given: str, otherwise: str) -> None:

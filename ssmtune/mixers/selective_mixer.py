@@ -38,9 +38,14 @@ class SelectiveMixer(nn.Module):
     recompute = "cheap"
 
     def forward(
-        self, hidden_states: Tensor, cache_params: Any | None = None, attention_mask: Tensor | None = None, **kwargs
+        self,
+        hidden_states: Tensor,
+        cache_params: Any | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs,
     ) -> Tensor:
-        return self.mix(hidden_states, cache_params, attention_mask)
+        return self.mix(hidden_states, cache_params, attention_mask if cu_seqlens is None else cu_seqlens)
 
     @staticmethod
     def state_axes(mixer: nn.Module) -> tuple[int, ...]:

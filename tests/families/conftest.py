@@ -40,10 +40,12 @@ class Family:
     Args:
         name: what transformers puts in front of `ForCausalLM`.
         config: sizes of a tiny model; a hybrid has a layer of attention.
+        like: a family with the same mixers. Methods that are not among TELLING are then left to slow tests.
     """
 
     name: str
     config: dict = field(hash=False)
+    like: str | None = None
 
     def make(self) -> nn.Module:
         """A random model of transformers in which every parameter matters: small ones would hide what is wrong."""
@@ -97,7 +99,8 @@ def _lora(target: str) -> Method:
 
 EVERY = {"vocab_size": 64, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 PURE = {"state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4}
-PURE2 = {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 4}
+HEADS = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 4}
+MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 4}
 HYBRID = {
     "num_hidden_layers": 3,
     "intermediate_size": 48,
@@ -130,9 +133,31 @@ FAMILIES = [
     Family("Jamba", HYBRID | EXPERTS | {"attn_layer_period": 3, "attn_layer_offset": 1}),
     # The attention is shared, so there have to be two layers of it.
     Family("Zamba", HYBRID | {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]}),
+    Family("Mamba2", HEADS | {"num_hidden_layers": 2}),
     Family(
-        "Mamba2",
-        {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 4},
+        "Zamba2",
+        ATTENTION
+        | {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "adapter_rank": 4}
+        | {"n_mamba_heads": 8, "mamba_d_state": 8, "mamba_ngroups": 2, "chunk_size": 4, "num_key_value_heads": 4},
+        like="Mamba2",
+    ),
+    Family("Bamba", ATTENTION | MAMBA_HEADS | {"attn_layer_indices": [1], "num_key_value_heads": 2}, like="Mamba2"),
+    Family(
+        "NemotronH",
+        ATTENTION
+        | {"layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"]}
+        | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 4}
+        | {"head_dim": 8, "num_key_value_heads": 2},
+        like="Mamba2",
+    ),
+    Family("FalconH1", ATTENTION | MAMBA_HEADS | {"mamba_d_ssm": 64, "num_key_value_heads": 2}, like="Mamba2"),
+    Family(
+        "GraniteMoeHybrid",
+        ATTENTION
+        | MAMBA_HEADS
+        | {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3, "shared_intermediate_size": 48}
+        | {"num_local_experts": 2, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+        like="Mamba2",
     ),
     Family("Qwen3Next", DELTA),
     Family("GPTNeoX", ATTENTION | {"rotary_pct": 0.5}),
@@ -156,6 +181,11 @@ METHODS = [
     _method("offset, low rank", "state-offset", rank=2),
 ]
 
+# What of the methods here, and of those of the registry, reaches a part of a mixer that the others do not.
+TELLING = {"full", "LoRA", "prompt", "prefix", "initial state, conv", "offset (h)", "offset (y)"} | {
+    "lora", "prompt-tuning", "prefix-tuning", "initial-state", "state-offset", "state-offset-y",
+}  # fmt: skip
+
 _REFUSED = "peft refuses LoRA on `out_proj` of this model type"
 _DROPPED = "transformers drops the cache, and with it the prefix, so that ssmtune refuses to train one this way"
 # (family, method, check) -> what fails, and why that is not for ssmtune to repair. A repair turns the test red.
@@ -163,6 +193,8 @@ KNOWN_FAILURES = {
     ("Mamba", "LoRA out_proj", "creates"): _REFUSED,
     ("FalconMamba", "LoRA out_proj", "creates"): _REFUSED,
     ("Mamba2", "LoRA out_proj", "creates"): _REFUSED,
+    ("NemotronH", "LoRA out_proj", "creates"): _REFUSED,
+    ("FalconH1", "LoRA out_proj", "creates"): _REFUSED,
     ("GPTNeoX", "prefix", "checkpoints activations"): _DROPPED,
     ("Llama", "prefix", "checkpoints activations"): _DROPPED,
 }
@@ -170,6 +202,23 @@ KNOWN_FAILURES = {
 
 def pytest_addoption(parser):
     parser.addoption("--write-models-md", action="store_true", help="write what the checks found to docs/models.md")
+
+
+def pytest_configure(config):
+    if config.getoption("--write-models-md", default=False):
+        # the page is of everything: slow tests, which are left out by default, too
+        config.option.markexpr = ""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        family = params.get("family")
+        if isinstance(family, Family) and family.like:
+            method = params["method"].name if "method" in params else params["registered"]
+            if method not in TELLING:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)

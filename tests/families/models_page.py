@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -58,6 +59,15 @@ class Outcomes:
         """The cells that failed and are not known to."""
         return [cell for cell, (outcome, _) in self.cells.items() if outcome == "failed"]
 
+    def untrue(self, generated: str) -> list[tuple[str, str, str]]:
+        """The cells of this run that a generated part shows otherwise; those that failed are red by themselves."""
+        shown = _read(generated)
+        return [
+            name
+            for name, (outcome, reason) in self.cells.items()
+            if outcome != "failed" and shown.get(name) != (_sign(outcome), _sentence(reason) if reason else "")
+        ]
+
     def render(self) -> str:
         """The generated part of the page, without its markers."""
         versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("transformers", "peft", "torch"))
@@ -85,7 +95,7 @@ class Outcomes:
             "✓ holds, – does not apply, ✗ does not hold; the small numbers are those of the notes below.",
             *tables,
             "### Notes",
-            "\n".join(f"{number}. {reason[0].upper()}{reason[1:]}." for reason, number in notes.items()),
+            "\n".join(f"{number}. {_sentence(reason)}" for reason, number in notes.items()),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -122,11 +132,34 @@ def _count(outcomes: list[str]) -> str:
     return f"{applicable.count('passed')} of {len(applicable)}" if applicable else "–"
 
 
+def _sign(outcome: str) -> str:
+    return {"passed": "✓", "skipped": "–"}.get(outcome, "✗")
+
+
+def _sentence(reason: str) -> str:
+    return f"{reason[0].upper()}{reason[1:]}."
+
+
+def _read(generated: str) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """What `Outcomes.render` wrote: the sign of each cell, and the text of its note or nothing."""
+    *tables, listed = generated.split("\n### ")[1:]
+    notes = {
+        number.translate(_SUPERSCRIPT): text for number, text in re.findall(r"^(\d+)\. (.*)$", listed, re.MULTILINE)
+    }
+    cells = {}
+    for text in tables:
+        family, *lines = text.splitlines()
+        (_, *methods), _, *rows = (line[2:-2].split(" | ") for line in lines if line)
+        for check, *signs in rows:
+            for method, sign in zip(methods, signs, strict=True):
+                cells[family, method, check] = sign[0], notes.get(sign[1:], "")
+    return cells
+
+
 def cell(outcome: str, reason: str, notes: dict[str, str]) -> str:
-    sign = {"passed": "✓", "skipped": "–"}.get(outcome, "✗")
     if not reason:
-        return sign
-    return sign + notes.setdefault(reason, str(len(notes) + 1)).translate(_SUPERSCRIPT)
+        return _sign(outcome)
+    return _sign(outcome) + notes.setdefault(reason, str(len(notes) + 1)).translate(_SUPERSCRIPT)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Hybrids with mixers of heads; what is asked of every family in more detail is asked of Mamba-2 and Qwen3-Next."""
+"""Hybrids with mixers of heads, beside transformers; those that tests/families leaves out, with adapters too."""
 
 import copy
 
@@ -23,6 +23,8 @@ MIXERS = {
     "kimi_linear": ["model.layers.0.self_attn", "model.layers.2.self_attn"],
     "bailing_hybrid": ["model.layers.0.self_attn", "model.layers.2.self_attn"],
 }
+LIKE_MAMBA2 = ("zamba2", "bamba", "nemotron_h", "falcon_h1", "granitemoehybrid")
+UNASKED = [name for name in MIXERS if name not in (*LIKE_MAMBA2, "qwen3_next")]
 KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 
 
@@ -57,6 +59,42 @@ def test_falcon_h1_with_a_norm_gates_in_the_norm(make_pair, tokens, assert_close
     assert_close("logits", theirs(tokens(2, 9)).logits, ours(tokens(2, 9)).logits, 1e-5)
 
 
+@pytest.mark.parametrize("family", LIKE_MAMBA2)
+def test_continues_a_cache_that_transformers_filled(make_pair, tokens, assert_close, family):
+    # Not the other way round: with one token transformers ignores the least step of Zamba2, and Bamba its position.
+    theirs, ours = make_pair(family)
+    with torch.no_grad():
+        whole = theirs(tokens(2, 12), use_cache=False).logits
+        for size in (5, 1):
+            cache = theirs(tokens(2, 12)[:, :-size], use_cache=True).past_key_values
+            rest = ours(tokens(2, 12)[:, -size:], past_key_values=cache, use_cache=True).logits
+            assert_close("logits", whole[:, -size:], rest, 1e-5)
+
+
+@pytest.mark.parametrize("family", LIKE_MAMBA2)
+def test_bfloat16_gradients_are_no_further_from_float32_than_those_of_transformers(
+    make_pair, tokens, error_ratio, family
+):
+    theirs, ours = (model.to(torch.bfloat16) for model in make_pair(family))
+    exact = copy.deepcopy(theirs).float()
+
+    def gradients(model, input_ids):
+        model.zero_grad()
+        model(input_ids, labels=input_ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    errors = torch.zeros(2)
+    # With one text rounding alone makes the ratio of the two 0.84 to 1.15 (ten models of Granite); its mean is 0.98.
+    for seqlen in (11, 12, 13, 14):
+        expected = gradients(exact, tokens(2, seqlen))
+        for index, model in enumerate((theirs, ours)):
+            actual = gradients(model, tokens(2, seqlen))
+            errors[index] += sum(error_ratio(grad, actual[name]) for name, grad in expected.items()) / len(expected)
+    print(f"mean error ratio: transformers {errors[0] / 4:.4f}, ssmtune {errors[1] / 4:.4f}")
+    assert errors[1] <= 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("family", UNASKED)
 def test_adapters_under_generation_and_padding(make_pair, adapt, tokens, assert_close, family):
     _, ours = make_pair(family)
     plain = ours(tokens(2, 6)).logits
@@ -72,6 +110,7 @@ def test_adapters_under_generation_and_padding(make_pair, adapt, tokens, assert_
     assert_close("logits", torch.stack(whole.logits), torch.stack(cached.logits), 1e-5)
 
 
+@pytest.mark.parametrize("family", UNASKED)
 def test_packed_sequences_are_each_alone(make_pair, adapt, tokens, assert_close, family):
     _, ours = make_pair(family)
     adapt(ours, *KINDS)
@@ -134,6 +173,7 @@ def test_pads_do_not_decay_a_state_where_steps_have_a_least_size(make_pair, adap
 
 
 @pytest.mark.parametrize("config", [ssmtune.StateOffsetConfig, ssmtune.InitialStateConfig], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("family", UNASKED)
 def test_tuners(make_family, tokens, assert_close, family, config, tmp_path):
     model = get_peft_model(make_family(family), config(init_weights=False, task_type="CAUSAL_LM"))
     logits = model(tokens(2, 9)).logits

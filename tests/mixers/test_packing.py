@@ -13,7 +13,7 @@ KINDS = ("initial_state", "state_offset", "output_offset", "conv_state")
 LENGTHS = (5, 1, 2, 9)
 
 
-@pytest.fixture(params=["mamba", "falcon_mamba", "jamba", "zamba"])
+@pytest.fixture(params=["mamba", "falcon_mamba", "jamba", "zamba", "mamba2"])
 def family(request):
     return request.param
 
