@@ -6,6 +6,7 @@ ssmtune/_C_cuda.so brings the same operators for tensors on a GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 LIBRARY = Path(os.environ.get("SSMTUNE_LIBRARY") or Path(__file__).with_name("_C.so"))
@@ -63,6 +64,24 @@ def why_not() -> str | None:
     """Why the compiled kernels are not in use and how to get them, or None when they are."""
     load()
     return _reason
+
+
+def operator(name: str) -> Callable:
+    """The compiled operator of this name, of the library that is loaded.
+
+    Raises:
+        RuntimeError: the library was built from other sources, which had no such operator.
+    """
+    import torch
+
+    try:
+        return getattr(torch.ops.ssmtune_native, name)
+    except AttributeError:
+        raise RuntimeError(
+            f"{LIBRARY} has no operator {name}: it was built from older sources than this ssmtune.\n"
+            "  Run `SSMTUNE_BUILD=require pip install -v .` in the source folder to build it again, or set\n"
+            "  SSMTUNE_NO_NATIVE=1 to do without it."
+        ) from None
 
 
 def cpu_capability() -> str | None:

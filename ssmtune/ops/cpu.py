@@ -7,10 +7,9 @@ tensors that are dense along dim or seqlen, and everything else contiguous in fl
 import torch
 from torch import Tensor
 
+from ssmtune import native
 from ssmtune.ops.kernel_inputs import conv_inputs, parameter, scan_inputs, sequence, update_in_float32
 from ssmtune.ops.packing import n_kept_states
-
-kernels = torch.ops.ssmtune_native
 
 CHUNK_SIZE = 32
 CHANNEL_BLOCK = 16
@@ -34,7 +33,9 @@ def selective_scan_forward(
     chunk_states: Tensor | None,
 ) -> None:
     """Run the scan."""
-    kernels.selective_scan_fwd(*scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states)
+    native.operator("selective_scan_fwd")(
+        *scan_inputs(*inputs), cu_seqlens, delta_softplus, out, last_state, chunk_states
+    )
 
 
 def selective_scan_backward(
@@ -47,7 +48,7 @@ def selective_scan_backward(
     gradients: list[Tensor | None],
 ) -> None:
     """Run the scan backward."""
-    kernels.selective_scan_bwd(
+    native.operator("selective_scan_bwd")(
         sequence(dout, inputs[0].dtype),
         parameter(dlast_state),
         *scan_inputs(*inputs),
@@ -60,14 +61,14 @@ def selective_scan_backward(
 
 def selective_state_update(*args) -> Tensor:
     """Advance the state by one step."""
-    return kernels.selective_state_update(*args)
+    return native.operator("selective_state_update")(*args)
 
 
 def causal_conv1d_forward(
     inputs: tuple[Tensor | None, ...], silu: bool, out: Tensor, final_states: Tensor | None
 ) -> None:
     """Run the convolution."""
-    kernels.causal_conv1d_fwd(*conv_inputs(*inputs), silu, out, final_states)
+    native.operator("causal_conv1d_fwd")(*conv_inputs(*inputs), silu, out, final_states)
 
 
 def causal_conv1d_backward(
@@ -79,7 +80,7 @@ def causal_conv1d_backward(
 ) -> None:
     """Run the convolution backward."""
     x = inputs[0]
-    kernels.causal_conv1d_bwd(
+    native.operator("causal_conv1d_bwd")(
         torch.zeros_like(x) if dout is None else sequence(dout, x.dtype),
         sequence(dfinal_states, x.dtype),
         *conv_inputs(*inputs),
@@ -90,4 +91,4 @@ def causal_conv1d_backward(
 
 def causal_conv1d_update(*args) -> Tensor:
     """Advance the state of the convolution by one step."""
-    return update_in_float32(kernels.causal_conv1d_update, *args)
+    return update_in_float32(native.operator("causal_conv1d_update"), *args)

@@ -7,6 +7,7 @@ that are dense along their last two axes, steps in float32, and everything else 
 import torch
 from torch import Tensor
 
+from ssmtune import native
 from ssmtune.ops.kernel_inputs import parameter
 from ssmtune.ops.packing import n_kept_states
 
@@ -21,7 +22,7 @@ def chunk_states_shape(x_shape: tuple[int, ...], groups: int, dstate: int, n_seq
 
 def forward(inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, *options_and_results) -> None:
     """Run the scan."""
-    torch.ops.ssmtune_native.ssd_scan_fwd(*_kernel_inputs(inputs), cu_seqlens, *options_and_results)
+    native.operator("ssd_scan_fwd")(*_kernel_inputs(inputs), cu_seqlens, *options_and_results)
 
 
 def backward(
@@ -36,7 +37,7 @@ def backward(
     gradients: list[Tensor | None],
 ) -> None:
     """Run the scan backward."""
-    torch.ops.ssmtune_native.ssd_scan_bwd(
+    native.operator("ssd_scan_bwd")(
         None if dout is None else _dense_heads(dout, inputs[0].dtype),
         parameter(dfinal_states),
         *_kernel_inputs(inputs),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ssmtune import native
+from ssmtune.ops import selective_scan, ssd_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,3 +159,17 @@ def test_library_that_does_not_load(tmp_path, monkeypatch):
     assert not native.is_loaded()
     assert str(broken) in native.why_not()
     assert "reinstall" in native.why_not()
+
+
+@needs_library
+def test_a_library_without_an_operator_names_the_command_that_builds_it(monkeypatch):
+    if not native.is_loaded():
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(torch.ops, "ssmtune_native", object())
+    u, B = torch.ones(1, 2, 3), torch.ones(1, 4, 3)
+    with pytest.raises(RuntimeError, match="no operator selective_scan_fwd: .* older sources") as error:
+        selective_scan(u, u, -torch.ones(2, 4), B, B, backend="cpu")
+    assert f"{native.LIBRARY} has" in str(error.value) and "pip install -v ." in str(error.value)
+    x, dt, C = torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2), torch.ones(1, 3, 1, 4)
+    with pytest.raises(RuntimeError, match="no operator ssd_scan_fwd"):
+        ssd_scan(x, dt, -torch.ones(2), C, C, backend="cpu")
