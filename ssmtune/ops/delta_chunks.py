@@ -45,20 +45,22 @@ def scan_chunks(
     system = beta * _products(k, k, between)
     right = torch.cat([beta * v, beta * since * k], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    written, read_before = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    written, held = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    reading = torch.cat([held, since * q], dim=-2)
     keys, kept = (between[..., -1, :, :] * k).mT, since[..., -1, :].unsqueeze(-1)
 
-    chunks = zip(*(x.unbind(2) for x in (written, read_before, keys, kept)), strict=True)
-    states, updates, final_states = [], [], []
+    chunks = zip(*(x.unbind(2) for x in (written, reading, keys, kept)), strict=True)
+    updates, outputs, final_states = [], [], []
     for length, state in zip(lengths, initial_state.split(q.shape[0]), strict=True):
         for _ in range(0, length, size):
-            new, before, at, decay = next(chunks)
-            states.append(state)
-            updates.append(new - before @ state)
+            new, rows, at, decay = next(chunks)
+            found, out = (rows @ state).split(size, dim=-2)
+            updates.append(new - found)
+            outputs.append(out)
             state = decay * state + at @ updates[-1]
         final_states.append(state)
-    out = (since * q) @ torch.stack(states, 2) + _products(q, k, between) @ torch.stack(updates, 2)
-    return _join(out, lengths, size), torch.cat(final_states)
+    out = torch.stack(outputs, 2) + _products(q, k, between) @ torch.stack(updates, 2)
+    return _join(out, lengths, size), _concatenate(final_states, 0)
 
 
 def add_offsets(
@@ -77,26 +79,32 @@ def add_offsets(
     if state_offset is not None:
         offsets = state_offset.expand(rows, -1, -1, -1).split(batch)
         pieces = zip(q.transpose(1, 2).split(list(lengths), dim=2), offsets, strict=True)
-        out = out + torch.cat([piece @ offset for piece, offset in pieces], dim=2).transpose(1, 2)
+        out = out + _concatenate([piece @ offset for piece, offset in pieces], 2).transpose(1, 2)
     if output_offset is not None:
         offsets = output_offset.expand(rows, -1, -1).unsqueeze(1).split(batch)
         pieces = zip(out.split(list(lengths), dim=1), offsets, strict=True)
-        out = torch.cat([piece + offset for piece, offset in pieces], dim=1)
+        out = _concatenate([piece + offset for piece, offset in pieces], 1)
     return out
 
 
 def _cut(x: Tensor, lengths: Sequence[int], size: int) -> Tensor:
     """(batch, seqlen, heads, n) to (batch, heads, chunks, size, n); a sequence ends with steps that change nothing."""
     sequences = x.transpose(1, 2).split(list(lengths), dim=2)
-    filled = [F.pad(sequence, (0, 0, 0, -sequence.shape[2] % size)) for sequence in sequences]
-    return torch.cat(filled, dim=2).unflatten(2, (-1, size))
+    missing = [-length % size for length in lengths]
+    filled = [F.pad(x, (0, 0, 0, steps)) if steps else x for x, steps in zip(sequences, missing, strict=True)]
+    return _concatenate(filled, 2).unflatten(2, (-1, size))
 
 
 def _join(x: Tensor, lengths: Sequence[int], size: int) -> Tensor:
     """The reverse of `_cut`."""
     sequences = x.flatten(2, 3).split([length + -length % size for length in lengths], dim=2)
     cut = [sequence[:, :, :length] for sequence, length in zip(sequences, lengths, strict=True)]
-    return torch.cat(cut, dim=2).transpose(1, 2)
+    return _concatenate(cut, 2).transpose(1, 2)
+
+
+def _concatenate(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, without its copy of a single tensor."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
 
 
 def _decays_between(g: Tensor) -> Tensor:
