@@ -61,10 +61,18 @@ def from_mamba_ssm(source: nn.Module | str | Path) -> PreTrainedModel:
         config, weights = vars(source.config), source.state_dict()
     name, fields = _to_transformers(config)
     weights = {key.replace("backbone.embedding.", "backbone.embeddings."): tensor for key, tensor in weights.items()}
-    fields["vocab_size"] = weights["backbone.embeddings.weight"].shape[0]
+    embeddings = weights.get("backbone.embeddings.weight")
+    # Padded to a round number, unlike the size that the config names.
+    fields["vocab_size"] = 0 if embeddings is None else len(embeddings)
     with torch.device("meta"):
         model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields))
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of a model of mamba_ssm are not what its config says: {str(error).splitlines()[1].strip()}\n"
+            "  The checkpoint is incomplete, or its files are of two models. Copy or save it again."
+        ) from None
     model.tie_weights()
     return model.eval()
 

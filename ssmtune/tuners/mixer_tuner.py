@@ -133,7 +133,7 @@ class MixerTunerModel(AdaptersOfRows, BaseTuner):
         if layer is None:
             # Before the layer is made: a patched mixer has the names of sizes that layers read.
             patched = patch_mixer(target)
-            layer = self.tuner_layer_cls(target)
+            layer = self.tuner_layer_cls(target).train(target.training)
             layer.unpatch_on_removal = patched
             target.add_module(self.child_name, layer)
         layer.update_layer(adapter_name, peft_config, target.conv1d.weight.device)

@@ -75,6 +75,22 @@ def test_a_folder_that_is_no_such_checkpoint_is_refused(tiny_mamba, tmp_path):
         from_mamba_ssm(tmp_path)
 
 
+def test_weights_that_are_not_those_of_the_config_are_refused(tiny_mamba, tmp_path):
+    to_mamba_ssm(tiny_mamba, tmp_path)
+    for changes, reason in (
+        ({"backbone.embedding.weight": None}, "backbone.embeddings.weight"),
+        ({"backbone.layers.1.mixer.D": torch.ones(3)}, "backbone.layers.1.mixer.D"),
+    ):
+        weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True) | changes
+        torch.save({key: tensor for key, tensor in weights.items() if tensor is not None}, tmp_path / "other.bin")
+        other = tmp_path / reason
+        other.mkdir()
+        (tmp_path / "other.bin").rename(other / "pytorch_model.bin")
+        (other / "config.json").write_text((tmp_path / "config.json").read_text())
+        with pytest.raises(ValueError, match=f"(?s)not what its config says: .*{reason}.*save it again"):
+            from_mamba_ssm(other)
+
+
 def test_other_models_and_adapters_are_refused(tiny_mamba, tmp_path):
     from peft import get_peft_model
 

@@ -44,7 +44,7 @@ def after_text(base, tokenizer, prompts, logits):
     return logits(base, torch.cat([text, prompts], dim=1))[:, text.shape[1] :]
 
 
-@pytest.mark.parametrize("options", [{}, {"reparametrize": 3}, {"rank": 8}], ids=["plain", "mlp", "full-rank"])
+@pytest.mark.parametrize("options", [{}, {"reparametrize": 3}, {"rank": 8}, {"inference_scale": 0.5}], ids=str)
 @pytest.mark.parametrize("seqlen", [1, 2, 5])
 def test_a_text_read_in_is_a_text_before_the_prompt(base, tokenizer, prompts, logits, assert_close, options, seqlen):
     prompts = prompts[:, :seqlen]
@@ -252,3 +252,16 @@ def test_left_padded_prompts_start_from_a_cache(base, prompts, make_nonzero):
     assert torch.equal(plain.generate(prompts, attention_mask=mask, cache_params=cache, **GREEDY), expected)
     alone = model.generate(input_ids=prompts[1:, 2:], **GREEDY)
     assert torch.equal(expected[1, 2:], alone[0])
+
+
+def test_a_starting_cache_is_that_of_evaluation_mode(base, make_nonzero):
+    model = make_nonzero(get_peft_model(base, InitialStateConfig(inference_scale=0.5))).train()
+    state = base.backbone.layers[0].mixer.start_adapter.initial_state_h["default"]
+    assert torch.equal(starting_cache(model).layers[0].recurrent_states[0][0], 0.5 * state)
+    assert model.training and base.backbone.layers[0].mixer.start_adapter.training
+
+
+def test_caches_are_for_models_of_transformers(base, tokenizer):
+    model = get_peft_model(base, InitialStateConfig())
+    with pytest.raises(ValueError, match="no model of transformers"):
+        starting_cache(model.base_model.model.backbone.layers)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ssmtune.mixers import find_mixers, patched_class, state_shape
 from ssmtune.mixers.cache import read_states
@@ -33,7 +33,7 @@ def initial_state_from_text(model: nn.Module, tokenizer: Any, text: str, adapter
         The number of tokens read.
 
     Raises:
-        ValueError: there is no such adapter, or the text has no tokens.
+        ValueError: there is no such adapter, the text has no tokens, or the model is none of transformers.
     """
     mixers = _adapted_mixers(model)
     if adapter_name is None:
@@ -73,7 +73,8 @@ def initial_state_from_text(model: nn.Module, tokenizer: Any, text: str, adapter
 def starting_cache(model: nn.Module, batch_size: int = 1) -> Cache:
     """Put the active adapters of Initial State Tuning into a transformers cache.
 
-    A model without the adapters that starts from this cache gives what the model with them gives, at no cost. It has to
+    A model without the adapters that starts from this cache gives what the model with them gives in evaluation mode, at
+    no cost. It has to
     be patched by `ssmtune.patch`: transformers' own Mamba mixers drop the state when they read several tokens. With a
     learned convolution state, prompts must not begin with pads.
 
@@ -87,7 +88,7 @@ def starting_cache(model: nn.Module, batch_size: int = 1) -> Cache:
         The cache, to be passed as `cache_params` (Mamba, Falcon Mamba) or `past_key_values` (others).
 
     Raises:
-        ValueError: the model has no such adapter.
+        ValueError: the model has no such adapter, or is none of transformers.
 
     Example:
         >>> cache = ssmtune.starting_cache(model, batch_size=2)
@@ -102,7 +103,9 @@ def starting_cache(model: nn.Module, batch_size: int = 1) -> Cache:
         conv = weight.new_zeros(batch_size, weight.shape[0], mixer.conv_kernel_size)
         state = weight.new_zeros(batch_size, *state_shape(mixer), dtype=torch.float32)
         if (layer := adapted.get(id(mixer))) is not None:
-            inputs = layer.state_inputs()
+            training = layer.training
+            inputs = layer.eval().state_inputs()
+            layer.train(training)
             if inputs.initial_state is not None:
                 state += inputs.initial_state.view(state.shape[1:])
             if inputs.conv_state is not None:
@@ -119,5 +122,10 @@ def _adapted_mixers(model: nn.Module) -> list[tuple[nn.Module, InitialStateLayer
         raise ValueError(
             f"{type(model).__name__} has no adapter of Initial State Tuning.\n"
             "  Add one by get_peft_model(model, InitialStateConfig(...)), or load one."
+        )
+    if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers, whose caches this is for.\n"
+            "  Convert one of mamba_ssm by ssmtune.from_mamba_ssm(model); adapters fit both."
         )
     return mixers
