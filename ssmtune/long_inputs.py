@@ -114,16 +114,21 @@ class _Run:
 def _exact(run: _Run, chunks: Sequence[_Chunk], divisor: Tensor | float) -> Iterator[Tensor]:
     """The losses of the chunks, the last first; their gradients are added to those of the parameters."""
     device = chunks[0].input_ids.device
-    starts: list[list[Tensor] | None] = [None]
+    kept: list[Tensor] = []
     draws: list[Any] = []
+    states = None
     with torch.no_grad():
-        for chunk in chunks[:-1]:
+        for index, chunk in enumerate(chunks[:-1]):
             draws.append(_random_state(device))
             # Without targets no logits are made.
-            starts.append(run(chunk._replace(targets=chunk.targets[:, :0]), starts[-1])[1])
+            _, states = run(chunk._replace(targets=chunk.targets[:, :0]), states)
+            # Apart from what a chunk allocates: among it they would keep the heap from being used again.
+            kept = kept or [state.new_empty(len(chunks) - 1, *state.shape) for state in states]
+            for places, state in zip(kept, states, strict=True):
+                places[index] = state
     ends: list[Tensor] = []
     for index in reversed(range(len(chunks))):
-        start = [state.requires_grad_() for state in starts[index] or ()]
+        start = [places[index - 1].requires_grad_() for places in kept] if index > 0 else []
         with _drawing_again(draws[index], device) if index < len(draws) else nullcontext():
             losses, states = run(chunks[index], start or None)
             loss = losses.sum() / divisor

@@ -1,9 +1,9 @@
 """One prompt for many continuations: its tokens are run once, forward and backward, whatever follows them.
 
-A model with mixers runs the prompt, and forks the cache that it leaves: recurrent states, windows of the convolutions,
-keys and values. A transformer runs one row, the prompt and its continuations side by side, under a mask by which a
-continuation sees the prompt and itself. Both are differentiable, so that the prompt gets the gradients of all its
-continuations in one backward pass.
+The prompt is run, and the cache that it leaves is forked: recurrent states, windows of convolutions, keys and values.
+A transformer under gradient checkpointing, which drops caches, runs one row instead: the prompt and its continuations
+side by side, under a mask by which a continuation sees the prompt and itself. Both are differentiable, so that the
+prompt gets the gradients of all its continuations in one backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssmtune.data import IGNORED
 from ssmtune.likelihood import innermost, logits_at
 from ssmtune.mixers import find_mixers
-from ssmtune.mixers.continuation import check_continues, fork_cache
+from ssmtune.mixers.continuation import check_continues, drops_caches, fork_cache
 from ssmtune.prompt_tuning import VirtualTokenModel, cache_name
 
 
@@ -43,7 +43,7 @@ def shared_prefix_logits(
 
     Raises:
         ValueError: a prompt does not end with a token, or the model cannot share one: its mixers are not patched, it
-            runs under gradient checkpointing (a model with mixers), or its attention takes no mask of its own.
+            runs under gradient checkpointing with mixers, or with attention that takes no mask of its own.
 
     Source: Wang and Hegde, Accelerating Direct Preference Optimization with Prefix Sharing, 2024, for the mask.
     """
@@ -58,8 +58,8 @@ def shared_prefix_logits(
             f"{model.active_peft_config.peft_type.value} of peft puts its virtual tokens before each part of a text.\n"
             "  They would come between a prompt and its continuations. Call ssmtune.prompt_tuning.repair(model)."
         )
-    run = _forked if virtual or find_mixers(model) else _side_by_side
-    return run(model, prompt_ids, inputs, prompt_mask)
+    side_by_side = drops_caches(model) and not virtual and not find_mixers(model)
+    return (_side_by_side if side_by_side else _forked)(model, prompt_ids, inputs, prompt_mask)
 
 
 def continuation_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

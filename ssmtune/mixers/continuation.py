@@ -20,12 +20,17 @@ def check_continues(model: nn.Module, given: str) -> None:
         ValueError: a mixer is not patched, or gradient checkpointing would drop the cache.
     """
     check_patched(model, given, "drop the state that a cache holds")
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if drops_caches(model):
         raise ValueError(
             f"{type(model).__name__} got {given} under gradient checkpointing, where transformers drops every cache.\n"
             "  Each part would start from nothing. Switch gradient checkpointing off; ssmtune.patch(model, "
             "recompute='scan') saves memory too."
         )
+
+
+def drops_caches(model: nn.Module) -> bool:
+    """Whether transformers runs the model without a cache: in training under gradient checkpointing."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def fork_cache(cache: Cache, copies: int) -> Cache:

@@ -108,18 +108,16 @@ def test_on_the_kernels(make_pair, adapt, assert_close, family):
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(f"{key}{value}" for key, value in sizes.items()))
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_transformers_by_a_block_mask(make_transformer, assert_close, kind, attention, sizes):
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["fork", "block-mask"])
+def test_transformers(make_transformer, assert_close, kind, attention, sizes, checkpoints):
     model = make_transformer(kind, attention)
+    if checkpoints:
+        # It drops the cache, and what replaces it is one row under a block mask.
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
     if attention == "eager":
         check(model, draw(**sizes), assert_close)
     else:
         check(model.double(), draw(**sizes), assert_close, INNER_FLOAT32 if kind == "llama" else 1e-12)
-
-
-def test_transformers_under_gradient_checkpointing(make_transformer, assert_close):
-    model = make_transformer("llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    check(model, draw(pads=2), assert_close)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "gpt_neox"])
@@ -170,7 +168,8 @@ def test_refuses_what_would_be_wrong(make_pair, make_family, make_transformer):
     ours.train().gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(ValueError, match="under gradient checkpointing"):
         ssmtune.shared_prefix_logits(ours, prompts, continuations)
-    windowed = make_transformer("llama")
+    windowed = make_transformer("llama").train()
+    windowed.gradient_checkpointing_enable({"use_reentrant": False})
     windowed.config.sliding_window = 6
     with pytest.raises(ValueError, match="sees 6 tokens back"):
         ssmtune.shared_prefix_logits(windowed, prompts, continuations)
