@@ -63,8 +63,8 @@ def hand_down_sequences(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     if _is_handed_down(kwargs.get("attention_mask")):
         return args, _with_boundaries(model, kwargs, kwargs["attention_mask"])
     hybrid = any(kind != "linear_attention" for kind in getattr(model.config, "layer_types", None) or ())
-    if hybrid and model.base_model is not model:
-        # The model inside gets the same keywords and builds the masks.
+    if (hybrid and model.base_model is not model) or model.config.get_text_config() is not model.config:
+        # The model inside, beside one for images it may be, gets the same keywords and builds the masks.
         return None
     input_ids = args[0] if args else kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import ssmtune
 from ssmtune.mixers import find_mixers
@@ -147,6 +148,22 @@ def test_text_model_of_glm(adapt, tokens, assert_close):
         input_ids, mask = left_padded(tokens(2, 6), 3)
         padded = ours(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         assert_close("padded", whole, padded[:, 3:], 1e-5)
+
+
+def test_a_model_of_text_and_images(make_family, adapt, tokens, assert_close):
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    text = make_family("qwen3_5").config.to_dict()
+    config = Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=2, video_token_id=1)
+    theirs = Qwen3_5ForConditionalGeneration(config).eval()
+    ours = copy.deepcopy(theirs)
+    assert len(ssmtune.patch(ours).names) == 2
+    rows = [tokens(1, length) for length in (5, 1, 9)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])
+    with torch.no_grad():
+        assert_close("logits", theirs(rows[2]).logits, ours(rows[2]).logits, 1e-5)
+        adapt(ours, *KINDS)
+        alone = torch.cat([ours(row, use_cache=False).logits for row in rows], dim=1)
+        assert_close("packed", alone, ours(torch.cat(rows, dim=1), position_ids=positions[None]).logits, 1e-5)
 
 
 @pytest.mark.parametrize("recompute", ["nothing", "scan"])
