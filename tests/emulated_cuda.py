@@ -7,9 +7,10 @@ import ctypes
 import importlib.util
 import os
 import sys
-from functools import cache
+from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def backend() -> Backend:
     spec = spec_from_file_location("emulated_kernels", cpu.__file__)
     module = sys.modules["emulated_kernels"] = module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.kernels = getattr(torch.ops, NAMESPACE)
+    module.native = SimpleNamespace(operator=partial(getattr, getattr(torch.ops, NAMESPACE)))
     module.chunk_states_shape = cuda.chunk_states_shape
     return Backend("cuda-emulated", "emulated CUDA", spec.name, OPERATORS, lambda op: None, _accepts)
 
