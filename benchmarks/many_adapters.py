@@ -5,6 +5,7 @@ rows and with another for each, and appends its rows to benchmarks/results/<devi
 """
 
 import argparse
+import ctypes
 import gc
 import sys
 import tempfile
@@ -61,7 +62,9 @@ def store_adapters(method: str, count: int, folder: Path) -> None:
 
 
 def resident_bytes() -> int:
-    """What of this process is in memory, without what only files back."""
+    """What of this process is in memory, without what only files back and what is free to be used again."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
@@ -75,11 +78,9 @@ def load(base: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, float]]:
     """
     import ssmtune
 
-    gc.collect()
     before, start = resident_bytes(), time.process_time()
     model = ssmtune.load_adapters(base, folder)
     spent = time.process_time() - start
-    gc.collect()
     taken, count = resident_bytes() - before, len(model.peft_config)
     own = sum(p.nbytes for name, p in model.named_parameters() if name.rpartition(".")[2] in model.peft_config)
     times = []

@@ -81,8 +81,11 @@ def test_opcheck_selective_scan_packed(scan_inputs, backend, per_row, groups):
 
 
 @pytest.mark.parametrize("adapter_index", [None, torch.tensor([1, -1])], ids=["shared", "adapters"])
-def test_opcheck_selective_state_update(update_inputs, backend, adapter_index):
+@pytest.mark.parametrize("one_decay", [False, True], ids=["decays", "one-decay"])
+def test_opcheck_selective_state_update(update_inputs, backend, one_decay, adapter_index):
     offset = torch.randn(6, 4) if adapter_index is None else torch.randn(3, 6, 4)
+    if one_decay:
+        update_inputs["A"] = update_inputs["A"][:, :1].expand(-1, 4)
     args = (*update_inputs.values(), None, None, True, offset, None, adapter_index, backend)
     opcheck(torch.ops.ssmtune.selective_state_update, args)
 
