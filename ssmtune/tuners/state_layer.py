@@ -171,7 +171,9 @@ class StateTunerLayer(MixerTunerLayer):
         return sum(values[1:], start=values[0]) if values else None
 
     def _stack(self, row_adapters: list[str]) -> StateInputs:
-        adapters = sorted(self.available_adapters.intersection(row_adapters))
+        # In the order of the rows: where each has an adapter of its own the stack is what they have, as it is.
+        available = self.available_adapters
+        adapters = [name for name in dict.fromkeys(row_adapters) if name in available]
         stacks = {}
         for kind, field in self.kinds.items():
             values = [self.value(kind, name, self.training) for name in adapters]
