@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ssmtune.ops import layout
 from ssmtune.ops.backends import implementation
-from ssmtune.ops.gradients import one_for_each, wanted_gradients
+from ssmtune.ops.gradients import one_for_each, refuse_second_derivatives, wanted_gradients
 from ssmtune.ops.reference import compute_dtype
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? cu_seqlens"
@@ -85,14 +85,9 @@ def _autograd(ctx, dout, dfinal_states) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("ssmtune::causal_conv1d_fwd", _autograd, setup_context=_setup_context)
 
 
-def _second_derivative(ctx, *gradients):
-    raise RuntimeError(
-        "causal_conv1d has no second derivatives: its backward pass is a kernel, not a graph.\n"
-        "  Differentiate ssmtune.ops.reference.causal_conv1d_reference twice instead, or drop create_graph=True."
-    )
-
-
-torch.library.register_autograd("ssmtune::causal_conv1d_bwd", _second_derivative)
-
+refuse_second_derivatives(
+    "causal_conv1d",
+    "Differentiate ssmtune.ops.reference.causal_conv1d_reference twice instead, or drop create_graph=True.",
+)
 
 causal_conv1d_fwd = torch.ops.ssmtune.causal_conv1d_fwd.default

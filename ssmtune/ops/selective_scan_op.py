@@ -3,7 +3,7 @@
 The name of the backend is an argument, so a traced or saved graph runs on the backend it was traced with.
 """
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ssmtune.ops import layout
 from ssmtune.ops.backends import implementation
-from ssmtune.ops.gradients import one_for_each, wanted_gradients
+from ssmtune.ops.gradients import (
+    check_states_are_kept,
+    one_for_each,
+    refuse_second_derivatives,
+    takes_scan,
+    wanted_gradients,
+)
 from ssmtune.ops.reference import compute_dtype, grouped, has_rows
 from ssmtune.ops.reference_backward import state_offset_gradient
 
@@ -19,8 +25,6 @@ INPUTS = (
     *("u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
     *("initial_state", "state_offset", "output_offset"),
 )
-# the gradient of each of these is a sum over g = dout silu(z), which takes no scan
-WITHOUT_SCAN = ("D", "state_offset", "output_offset")
 
 _TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -100,13 +104,7 @@ def _backward(dout, dlast_state, *args) -> list[Tensor]:
     return wanted_gradients(inputs, gradients)
 
 
-def needs_scan(inputs: Sequence[Tensor | None], wanted: Sequence[bool], cu_seqlens: Tensor | None) -> bool:
-    """Say whether one of the wanted gradients takes a backward scan."""
-    for name, tensor, is_wanted in zip(INPUTS, inputs, wanted, strict=True):
-        # one sum for each packed sequence is no longer a single matrix product
-        if is_wanted and (name not in WITHOUT_SCAN or (cu_seqlens is not None and has_rows(name, tensor))):
-            return True
-    return False
+needs_scan = partial(takes_scan, INPUTS, has_rows)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -115,11 +113,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.needs_scan = needs_scan(tensors, ctx.needs_input_grad[: len(INPUTS)], cu_seqlens)
     if ctx.needs_scan:
-        if not keep_states:
-            raise RuntimeError(
-                "ssmtune::selective_scan_fwd was called with keep_states=False on tensors that need a gradient.\n"
-                "  The backward scan starts from the states the forward scan keeps. Call ssmtune.selective_scan."
-            )
+        check_states_are_kept("selective_scan", keep_states)
         ctx.save_for_backward(*tensors, cu_seqlens, output[2])
         return
     ctx.shapes = [None if tensor is None else tensor.shape for tensor in tensors]
@@ -169,14 +163,9 @@ def _gradients_without_scan(ctx, dout: Tensor | None, wanted: list[bool]) -> lis
 torch.library.register_autograd("ssmtune::selective_scan_fwd", _autograd, setup_context=_setup_context)
 
 
-def _second_derivative(ctx, *gradients):
-    raise RuntimeError(
-        "selective_scan has no second derivatives: its backward pass is a kernel, not a graph.\n"
-        "  Differentiate ssmtune.ops.reference.selective_scan_reference twice instead, or drop create_graph=True."
-    )
-
-
-torch.library.register_autograd("ssmtune::selective_scan_bwd", _second_derivative)
-
+refuse_second_derivatives(
+    "selective_scan",
+    "Differentiate ssmtune.ops.reference.selective_scan_reference twice instead, or drop create_graph=True.",
+)
 
 selective_scan_fwd = torch.ops.ssmtune.selective_scan_fwd.default

@@ -1,17 +1,21 @@
 """torch.ops.ssmtune.ssd_scan_fwd and _bwd: schema, shapes for tracing, autograd, and the call of a backend."""
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ssmtune.ops.gradients import one_for_each, wanted_gradients
+from ssmtune.ops.gradients import (
+    check_states_are_kept,
+    one_for_each,
+    refuse_second_derivatives,
+    takes_scan,
+    wanted_gradients,
+)
 from ssmtune.ops.reference import compute_dtype
 from ssmtune.ops.ssd_scan_backends import ssd_backend
 
 INPUTS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "state_offset", "output_offset")
-# the gradient of each of these is a sum over dout, which takes no scan
-WITHOUT_SCAN = ("D", "state_offset", "output_offset")
 _DIMENSIONS_WITH_ROWS = {"state_offset": 4, "output_offset": 3}
 
 _TENSORS = (
@@ -78,17 +82,11 @@ def _backward(dout, dfinal_states, *args) -> list[Tensor]:
     return wanted_gradients(inputs, gradients)
 
 
-def needs_scan(inputs: Sequence[Tensor | None], wanted: Sequence[bool], cu_seqlens: Tensor | None) -> bool:
-    """Say whether one of the wanted gradients takes a backward scan."""
-    for name, tensor, is_wanted in zip(INPUTS, inputs, wanted, strict=True):
-        # one sum for each packed sequence is no longer a single matrix product
-        if is_wanted and (name not in WITHOUT_SCAN or (cu_seqlens is not None and _has_rows(name, tensor.dim()))):
-            return True
-    return False
+def _has_rows(name: str, tensor: Tensor) -> bool:
+    return tensor.dim() == _DIMENSIONS_WITH_ROWS.get(name)
 
 
-def _has_rows(name: str, dimensions: int) -> bool:
-    return dimensions == _DIMENSIONS_WITH_ROWS.get(name)
+needs_scan = partial(takes_scan, INPUTS, _has_rows)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -98,14 +96,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.needs_scan = needs_scan(tensors, ctx.needs_input_grad[: len(INPUTS)], cu_seqlens)
     if ctx.needs_scan:
-        if not keep_states:
-            raise RuntimeError(
-                "ssmtune::ssd_scan_fwd was called with keep_states=False on tensors that need a gradient.\n"
-                "  The backward scan starts from the states the forward scan keeps. Call ssmtune.ssd_scan."
-            )
+        check_states_are_kept("ssd_scan", keep_states)
         ctx.save_for_backward(*tensors, cu_seqlens, output[2])
         return
-    ctx.dimensions = {name: tensor.dim() for name, tensor in zip(INPUTS, tensors, strict=True) if tensor is not None}
+    ctx.with_rows = [
+        name for name, tensor in zip(INPUTS, tensors, strict=True) if tensor is not None and _has_rows(name, tensor)
+    ]
     ctx.save_for_backward(tensors[0] if ctx.needs_input_grad[INPUTS.index("D")] else None, tensors[4])
 
 
@@ -131,7 +127,7 @@ def _gradients_without_scan(ctx, dout: Tensor | None, wanted: list[bool]) -> lis
     x, C = ctx.saved_tensors
     g = dout.to(compute_dtype(dout))
     for name in (name for name, is_wanted in zip(INPUTS, wanted, strict=True) if is_wanted):
-        row = "b" if _has_rows(name, ctx.dimensions[name]) else ""
+        row = "b" if name in ctx.with_rows else ""
         if name == "D":
             gradients[name] = (g * x.to(g.dtype)).sum((0, 1))
         elif name == "output_offset":
@@ -146,13 +142,6 @@ def _gradients_without_scan(ctx, dout: Tensor | None, wanted: list[bool]) -> lis
 torch.library.register_autograd("ssmtune::ssd_scan_fwd", _autograd, setup_context=_setup_context)
 
 
-def _second_derivative(ctx, *gradients):
-    raise RuntimeError(
-        "ssd_scan has no second derivatives: its backward pass is a kernel, not a graph.\n  Drop create_graph=True."
-    )
-
-
-torch.library.register_autograd("ssmtune::ssd_scan_bwd", _second_derivative)
-
+refuse_second_derivatives("ssd_scan", "Drop create_graph=True.")
 
 ssd_scan_fwd = torch.ops.ssmtune.ssd_scan_fwd.default

@@ -13,7 +13,19 @@ from ssmtune.tuners.model_card import write_card
 
 @dataclass
 class MixerTunerConfig(PeftConfig):
-    """Which mixers a method adapts, and what its model card says."""
+    """Which mixers a method adapts, and what its model card says.
+
+    Args:
+        init_weights: start at zero, where the model equals its base; False draws noise, for tests only.
+        target_modules: mixers to adapt, by names or one regular expression; all if None.
+        exclude_modules: mixers to leave alone, likewise.
+        layers_to_transform: layers to adapt; all if None.
+        layers_pattern: the list that layers_to_transform counts in, where it is not the first one.
+        modules_to_save: other modules trained in full, and stored with the adapter.
+
+    Raises:
+        ValueError: a value is out of range, or does not go with another.
+    """
 
     init_weights: bool = field(
         default=True,

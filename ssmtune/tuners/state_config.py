@@ -11,7 +11,22 @@ from ssmtune.tuners.mixer_config import MixerTunerConfig
 
 @dataclass
 class StateTunerConfig(MixerTunerConfig):
-    """Fields of both methods; see `StateOffsetConfig` and `InitialStateConfig`."""
+    """What `StateOffsetConfig` and `InitialStateConfig` share beside which mixers they adapt.
+
+    Args:
+        rank: None for a whole matrix, or the rank of a low-rank one.
+        alpha: scales the low-rank product by alpha / rank.
+        dropout: share of the rank terms of the low-rank product that a training step leaves out.
+        reparametrize: hidden units of an MLP to train the tensor through; None trains the tensor itself.
+        virtual_tokens: None, or how many virtual tokens per mixer to train in place of the tensor. They enter the mixer
+            before a text, and what they leave behind is that tensor. They are folded into it when the adapter is saved.
+            With `reparametrize` they go through an MLP.
+
+    The other fields are those of `MixerTunerConfig`.
+
+    Raises:
+        ValueError: a value is out of range, or does not go with another.
+    """
 
     rank: int | None = field(
         default=None,

@@ -18,11 +18,8 @@ class AdditionalScanConfig(MixerTunerConfig):
     Args:
         states: how many per channel.
         init_weights: start with W_C at zero.
-        target_modules: mixers to adapt; all if None.
-        exclude_modules: mixers to leave alone.
-        layers_to_transform: layers to adapt; all if None.
-        layers_pattern: where layers_to_transform counts.
-        modules_to_save: other modules trained in full.
+
+    The other fields are those of `MixerTunerConfig`.
 
     Raises:
         ValueError: a value is out of range, or does not go with another.

@@ -20,19 +20,9 @@ class InitialStateConfig(StateTunerConfig):
     Args:
         inference_scale: how many times the trained h_0 is taken in evaluation mode; in training it is taken once.
         conv_state: also learn what the causal convolution in front of the scan sees left of the first token.
-        virtual_tokens: None, or how many virtual tokens per mixer to train in place of both tensors (prefix tuning).
-            They enter the mixer before a text, and what they leave behind is its initial state and convolution state,
-            exactly. They are folded into these when the adapter is saved. With `reparametrize` they go through an MLP.
-        rank: None for a whole matrix, or the rank of a low-rank one.
-        alpha: scales the low-rank product by alpha / rank.
-        dropout: share of the rank terms of the low-rank product that a training step leaves out.
-        reparametrize: hidden units of an MLP to train the tensor through; None trains the tensor itself.
-        init_weights: start at zero.
-        target_modules: mixers to adapt; all if None.
-        exclude_modules: mixers to leave alone.
-        layers_to_transform: layers to adapt; all if None.
-        layers_pattern: where layers_to_transform counts.
-        modules_to_save: other modules trained in full.
+        virtual_tokens: they leave both tensors behind, exactly (prefix tuning).
+
+    The other fields are those of `StateTunerConfig`.
 
     Raises:
         ValueError: a value is out of range, or does not go with another.

@@ -20,12 +20,8 @@ class SparseDimensionConfig(MixerTunerConfig):
         channels: share of the channels to train, at least one.
         states: share of the states of each of them, at least one.
         warm_up_steps: of the training that they are chosen by.
-        init_weights: start at zero.
-        target_modules: mixers to adapt; all if None.
-        exclude_modules: mixers to leave alone.
-        layers_to_transform: layers to adapt; all if None.
-        layers_pattern: where layers_to_transform counts.
-        modules_to_save: other modules trained in full.
+
+    The other fields are those of `MixerTunerConfig`.
 
     Raises:
         ValueError: a value is out of range, or does not go with another.

@@ -15,19 +15,10 @@ class StateOffsetConfig(StateTunerConfig):
 
     Args:
         target: "h" or "y".
-        virtual_tokens: None, or how many virtual tokens per mixer to train in place of the offset (iterative suffix
-            tuning): what they leave behind is the offset. They are folded into it when the adapter is saved. With
-            `reparametrize` they go through an MLP. Only with target "h".
-        rank: None for a whole matrix, or the rank of a low-rank one. Only with target "h".
-        alpha: scales the low-rank product by alpha / rank.
-        dropout: share of the rank terms of the low-rank product that a training step leaves out.
-        reparametrize: hidden units of an MLP to train the tensor through; None trains the tensor itself.
-        init_weights: start at zero.
-        target_modules: mixers to adapt; all if None.
-        exclude_modules: mixers to leave alone.
-        layers_to_transform: layers to adapt; all if None.
-        layers_pattern: where layers_to_transform counts.
-        modules_to_save: other modules trained in full.
+        virtual_tokens: they leave the offset behind (iterative suffix tuning). Only with target "h".
+        rank: only with target "h".
+
+    The other fields are those of `StateTunerConfig`.
 
     Raises:
         ValueError: a value is unknown, out of range, or does not go with another.
