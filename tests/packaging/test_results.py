@@ -1,0 +1,66 @@
+"""The README and docs/results.md say what the committed results say."""
+
+import csv
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from ssmtune.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "benchmarks" / "results" / "e2e-mamba-5m" / "report.md"
+STUDY = ROOT / "benchmarks" / "results" / "study" / "results.csv"
+HEADLINES = {
+    "E2E": ("e2e", "bleu"),
+    "WebNLG": ("webnlg", "bleu"),
+    "SST-2": ("sst2", "accuracy"),
+    "RTE": ("rte", "accuracy"),
+}
+
+
+def table(text: str, header: str) -> dict[str, dict[str, str]]:
+    """Return the rows of the first table whose header begins so: cells by the column's title, by the first cell."""
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()
+    titles, _, *rows = ([cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines)
+    return {cells[0]: dict(zip(titles[1:], cells[1:], strict=True)) for cells in rows}
+
+
+def rounded(cell: str) -> str:
+    return " ± ".join(f"{float(number):.1f}" for number in re.findall(r"-?[\d.]+", cell))
+
+
+def test_results_of_e2e():
+    if not REPORT.is_file():
+        pytest.skip("needs a checkout")
+    shown = table((ROOT / "README.md").read_text(), "| method | BLEU |")
+    measured = table(REPORT.read_text(), "| method |")
+    assert len(shown) == 6
+    for name, cells in shown.items():
+        (row,) = [row for method, row in measured.items() if name.startswith(method)]
+        assert cells["BLEU"] == rounded(row["BLEU"])
+        assert cells["ROUGE-L"] == rounded(row["ROUGE-L"]).split(" ± ")[0]
+        assert cells["trainable"] == row["trainable"]
+
+
+def test_results_of_the_study():
+    if not STUDY.is_file():
+        pytest.skip("needs a checkout")
+    titles = {"base": "Base model, not tuned"} | {name: method.title for name, method in METHODS.items()}
+    runs: dict[tuple[str, str, str], list[float]] = {}
+    for row in csv.DictReader(STUDY.open()):
+        place = f"{row['model']}, {row['task']}, {row['metric']}", titles[row["method"]]
+        runs.setdefault(place, []).append(float(row["value"]))
+    shown = table((ROOT / "docs" / "results.md").read_text(), "| method |")
+    assert len(shown) >= 8
+    for method, cells in shown.items():
+        for title, cell in cells.items():
+            model, task = title.split(", ")
+            values = runs.get((f"{model}, {', '.join(HEADLINES[task])}", method))
+            assert cell == ("–" if values is None else written(values)), (method, title)
+
+
+def written(values: list[float]) -> str:
+    numbers = [statistics.mean(values)] + ([statistics.stdev(values)] if len(values) > 1 else [])
+    return " ± ".join(f"{number:.1f}" for number in numbers)
