@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.config import ConfigError, nearest
-from ssmtune.data import json_rows
+from ssmtune.rows import json_rows
 
 if TYPE_CHECKING:
     from torch import nn

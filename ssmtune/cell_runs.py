@@ -27,7 +27,8 @@ from ssmtune.methods import apply_method, get_method
 from ssmtune.peft_results import peft_config
 from ssmtune.prechecks import run_prechecks
 from ssmtune.step_log import StepLog
-from ssmtune.training import parameter_counts, save_weights, train
+from ssmtune.training import train
+from ssmtune.weights import parameter_counts, save_weights
 
 if TYPE_CHECKING:
     from ssmtune.comparison import ComparisonConfig

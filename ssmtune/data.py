@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssmtune.config import ConfigError, nearest
+from ssmtune.rows import rows_of
 
 if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
-_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def load_examples(
     prompt_parts = _parse_template(template, "template")
     target_parts = _parse_template(target, "target") if "{" in target else [("", target)]
     examples: list[Example] = []
-    for where, row in _rows(path, split):
+    for where, row in rows_of(path, split):
         if limit is not None and len(examples) >= limit:
             break
         for _, column in [*prompt_parts, *target_parts]:
@@ -268,117 +267,3 @@ def _substitute(parts: list[tuple[str, str | None]], row: Mapping[str, Any]) -> 
             value = row[column]
             text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return "".join(text)
-
-
-def _rows(path: str | Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (where, row) with `where` such as "line 3"."""
-    file = Path(path)
-    if file.is_dir():
-        raise ConfigError(f"{path} is a directory.\n  Give one of its files, ending in {', '.join(_SUFFIXES)}.")
-    if file.is_file():
-        if file.suffix not in _SUFFIXES:
-            raise ConfigError(
-                f"{path}: cannot read {file.suffix or 'a file without an ending'}.\n"
-                f"  Convert it to one of {', '.join(_SUFFIXES)}."
-            )
-        return json_rows(file) if file.suffix == ".jsonl" else csv_rows(file)
-    if file.suffix in (*_SUFFIXES, ".json", ".txt") or str(path).count("/") > 1 or str(path).startswith((".", "~")):
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{nearest(file.name, siblings)}\n  Check --data.path.")
-    return hub_rows(str(path), split)
-
-
-def json_rows(
-    file: Path, example: str = '{"prompt": "…", "completion": "…"}'
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a JSONL file, each with where it is, such as "line 3"; errors show how one looks.
-
-    Raises:
-        ValueError: a line is not an object in JSON; names it.
-    """
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}: line {number} is not valid JSON ({error.msg} at column {error.colno}).\n"
-                f"  Every line must be one object, such as {example}."
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{file}: line {number} holds a {type(row).__name__}, expected an object with columns.\n"
-                f"  Every line must be one object, such as {example}."
-            )
-        yield f"line {number}", row
-
-
-def csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a CSV or TSV file with its header and quotes, each with where it is, such as "line 3".
-
-    Raises:
-        ValueError: a row has not as many fields as the header, or quotes that do not close; names the line.
-    """
-    reader = csv.DictReader(_lines(file), delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(
-                f"{file}: line {reader.reader.line_num} cannot be read: {error}.\n  Check the quotes of that line."
-            ) from None
-        if row is None:
-            return
-        if None in row or None in row.values():
-            raise ValueError(
-                f"{file}: line {reader.reader.line_num} has not {len(reader.fieldnames)} fields as its header.\n"
-                "  Put fields that contain the separator in quotes."
-            )
-        yield f"line {reader.reader.line_num}", row
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8-sig", newline=None if file.name.endswith(".jsonl") else "") as lines:
-            yield from lines
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not text in UTF-8.\n  Convert it, for example with iconv -t utf-8.") from None
-
-
-def hub_rows(name: str, split: str, subset: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a dataset on the hub, each with where it is, such as "row 3".
-
-    Args:
-        name: `owner/name`, or `owner/name@revision`.
-        subset: the part of the dataset that has a name of its own (a "config"), if it has any.
-
-    Raises:
-        ConfigError: it cannot be loaded, or only by a version of `datasets` that runs code from the hub.
-    """
-    from ssmtune.hub import cache_alone_if_unreachable
-
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            f"{name!r} is not a local file, and reading datasets from the hub needs the `datasets` package.\n"
-            "  Check the path, or run: pip install datasets"
-        ) from None
-    if int(datasets.__version__.split(".")[0]) < 4:
-        raise ConfigError(
-            f"{name!r} is not a local file, and datasets {datasets.__version__} may run code from the hub to load it.\n"
-            "  From version 4 on it never does.\n  Run: pip install -U datasets"
-        )
-    path, _, revision = name.partition("@")
-    try:
-        with cache_alone_if_unreachable():
-            rows = datasets.load_dataset(path, subset, split=split, revision=revision or None)
-    except Exception as error:  # the hub client raises a dozen unrelated kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{name!r} is not a local file, and split {split!r} of a dataset of that name could not be loaded.\n"
-            f"  {reason}\n  Check the name, the split and the network."
-        ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row

@@ -18,7 +18,7 @@ from ssmtune.gradcheck import check_gradients
 from ssmtune.methods import Method
 from ssmtune.mixers import find_mixers, patch
 from ssmtune.models import load_adapter, no_progress_bars
-from ssmtune.training import save_weights
+from ssmtune.weights import save_weights
 
 # Relative to the largest logit: an adapter of zeros adds nothing, and a stored one is the same numbers.
 ROUNDING = 1e-5

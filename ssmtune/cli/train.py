@@ -225,7 +225,7 @@ def backend_for(name: str | None):
 def _print_plan(config: RunConfig, method, model, tokenizer, train_examples, dev_examples, dry_run: bool) -> None:
     from ssmtune.data import encode_all
     from ssmtune.memory import estimate_bytes, readable
-    from ssmtune.training import parameter_counts
+    from ssmtune.weights import parameter_counts
 
     trainable, total = parameter_counts(model)
     data = encode_all(tokenizer, train_examples, config.data.max_length)

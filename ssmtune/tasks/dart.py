@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssmtune.data import hub_rows
+from ssmtune.rows import hub_rows
 from ssmtune.tasks.generation import GenerationTask
 from ssmtune.tasks.sources import Release, broken, read_json_list
 from ssmtune.tasks.triples import Entry, checked, one_each, read_xml, with_references

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ssmtune.data import Example, csv_rows
+from ssmtune.data import Example
+from ssmtune.rows import csv_rows
 from ssmtune.tasks.generation import GenerationTask
 from ssmtune.tasks.sources import Release, broken
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssmtune.data import load_examples
+from ssmtune.rows import SUFFIXES
 from ssmtune.tasks.continuation import ContinuationTask
 from ssmtune.tasks.sources import Release
 
-SUFFIXES = (".jsonl", ".csv", ".tsv")
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 RELEASE = Release(
     "files",

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssmtune.data import Example, hold_out, hub_rows
+from ssmtune.data import Example, hold_out
+from ssmtune.rows import hub_rows
 from ssmtune.tasks.labels import LabelTask, NumberTask
 from ssmtune.tasks.sources import Release, broken, read_tsv
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssmtune.data import Example, hub_rows
+from ssmtune.data import Example
+from ssmtune.rows import hub_rows
 from ssmtune.tasks.generation import SummaryTask
 from ssmtune.tasks.sources import Release, broken, read_json_list
 

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import prefix_sharing
 
-STORED = Path(__file__).parents[2] / "benchmarks" / "results" / "prefix-sharing.csv"
+STORED = Path(__file__).parents[2] / "benchmarks" / "results" / "sharing" / "prefixes.csv"
 
 
 @pytest.mark.parametrize("architecture, method", [("Mamba", "state-offset"), ("GPTNeoX", "full")])

@@ -8,7 +8,7 @@ from ssmtune.config import RunConfig, to_yaml
 from ssmtune.generation import generate_texts
 from ssmtune.methods import apply_method
 from ssmtune.models import load_model
-from ssmtune.training import save_weights
+from ssmtune.weights import save_weights
 
 
 @pytest.fixture

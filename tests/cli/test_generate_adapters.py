@@ -10,7 +10,7 @@ from ssmtune.cli.main import main
 from ssmtune.generation import generate_texts
 from ssmtune.methods import apply_method
 from ssmtune.models import load_model, load_trained
-from ssmtune.training import save_weights
+from ssmtune.weights import save_weights
 
 ROWS = [("the sea", "waves"), ("the sun is", None), ("blue", "rays"), ("the sea", "rays"), ("the sun is red", "waves")]
 

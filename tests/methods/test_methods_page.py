@@ -9,7 +9,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from ssmtune.methods import METHODS, apply_method
 from ssmtune.mixers import patch
-from ssmtune.training import parameter_counts
+from ssmtune.weights import parameter_counts
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 # L layers, hidden size d, D channels, N states, rank R of the time step, filters of K, V tokens: no two alike.

@@ -10,7 +10,7 @@ from ssmtune.methods.combined import COMBINED_METHODS
 from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
 from ssmtune.mixers import patch
 from ssmtune.models import load_adapter, load_model
-from ssmtune.training import parameter_counts, save_weights
+from ssmtune.weights import parameter_counts, save_weights
 
 ADAPTERS = [name for name in METHODS if name != "full"]
 SUBSETS = [method.name for method in OWN_WEIGHT_METHODS if method.name != "full"]

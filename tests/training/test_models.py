@@ -13,7 +13,7 @@ from ssmtune.methods import apply_method
 from ssmtune.mixers import find_mixers
 from ssmtune.mixers.selective_mixer import SelectiveMixer
 from ssmtune.models import empty_model, load_adapter, load_model, load_trained, portable_name, resolve_model
-from ssmtune.training import save_weights
+from ssmtune.weights import save_weights
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from ssmtune.data import Example
 from ssmtune.generation import target_log_likelihood
 from ssmtune.methods import METHODS, apply_method
 from ssmtune.models import load_model, load_trained
-from ssmtune.training import ExampleOrder, TrainingInterrupted, train
+from ssmtune.trainer import ExampleOrder
+from ssmtune.training import TrainingInterrupted, train
 
 EXAMPLES = [Example(f"number {i} is", " even" if i % 2 == 0 else " odd") for i in range(24)]
 DEV = [Example(f"number {i} is", " even" if i % 2 == 0 else " odd") for i in range(24, 29)]
