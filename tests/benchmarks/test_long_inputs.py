@@ -19,5 +19,6 @@ def test_the_memory_of_a_step_is_that_of_a_chunk():
             (row["method"], int(row["length"]), row["gradients"]): int(row["bytes"]) for row in csv.DictReader(file)
         }
     assert rows.keys() <= set(CASES) and LENGTHS[-1] in {length for _, length, _ in rows}
+    in_chunks = {case: size for case, size in rows.items() if case[-1] != "whole"}
     # What is kept between chunks is all that grows: far below the texts, and the 8 GiB of a small machine.
-    assert max(rows.values()) < 2**29
+    assert max(in_chunks.values()) < 2**29
