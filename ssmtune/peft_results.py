@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssmtune.cells import Cell
+from ssmtune.models import portable_name
 from ssmtune.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ def peft_config(model) -> dict[str, Any] | None:
         return sorted(value) if isinstance(value, set) else str(value)
 
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
-    return None if config is None else json.loads(json.dumps(config.to_dict(), default=plain))
+    if config is None:
+        return None
+    values = config.to_dict() | {"base_model_name_or_path": portable_name(config.base_model_name_or_path)}
+    return json.loads(json.dumps(values, default=plain))
 
 
 def accuracy_like(score: float, task: Task) -> float:
