@@ -8,7 +8,6 @@ The shipped base, one thread; at the shortest length also a step on the whole do
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 
 import ssmtune.tuners  # noqa: F401  peft takes seconds to import: once, before processes are forked from this module
 from benchmarks.peak_memory import peak_memory
+from benchmarks.stored import write_table
 from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.likelihood import target_losses
 from ssmtune.long_inputs import chunked_backward
@@ -83,10 +83,7 @@ def main() -> None:
     cases = [case for case in CASES if case[0] in args.method]
     rows = [measure(method, length // scale, gradients, CHUNK // scale) for method, length, gradients in cases]
     if args.out is not None:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(args.out, rows)
 
 
 if __name__ == "__main__":

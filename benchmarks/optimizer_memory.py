@@ -6,7 +6,6 @@ python -m benchmarks.optimizer_memory [--out FILE.csv]
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.peak_memory import peak_memory
+from benchmarks.stored import write_table
 
 METHODS = ("full", "lora", "state-offset")
 OPTIMIZERS = ("inference", "mezo", "adamw")
@@ -70,10 +70,7 @@ def main() -> None:
         row |= {"batch": BATCH, "length": LENGTH, "machine": platform.machine(), "torch": torch.__version__}
         print(f"{row['method']:<14} {row['optimizer']:<10} {row['bytes'] / 2**20:8.1f} MiB")
     if args.out is not None:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(args.out, rows)
 
 
 if __name__ == "__main__":

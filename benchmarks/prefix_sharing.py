@@ -8,7 +8,6 @@ Every gradient of the one is first compared with that of the other, then both ar
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.stored import write_table
 from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.likelihood import logits_at
 from ssmtune.measure.timing import Lap, Verified, error, interleave, laps
@@ -136,10 +136,7 @@ def main() -> None:
         words = f"{architecture:<10}{method:<14}"
         print(f"{words}{rows[-2]['median_ms']:>9} -> {rows[-1]['median_ms']:>8} ms  {rows[-1]['speedup']}x", flush=True)
     if args.out is not None:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Where the rows of the benchmarks are kept: one CSV file for each device."""
+"""Where the rows of the benchmarks are kept: one CSV file for each device, or a table of columns of its own."""
 
+import csv
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ssmtune.measure import results
@@ -27,3 +29,11 @@ def store(environment: results.Environment, rows: list[results.Row], quick: bool
     path = path or default_file(environment.device)
     results.append(path, rows)
     print(f"{len(rows)} rows appended to {path}\n  next: python -m benchmarks.tables")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows with the columns of the first, in the place of what was there."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

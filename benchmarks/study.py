@@ -15,20 +15,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from ssmtune.comparison import ComparisonConfig, run_comparison
-from ssmtune.methods import METHODS
-from ssmtune.models import empty_model
+from ssmtune.comparison import ComparisonConfig, fitting_methods, run_comparison
 from ssmtune.report import write_report
 from ssmtune.sweep_progress import SweepProgress
 
 MODELS = ["mamba-5m", "mamba2-5m", "gpt-neox-5m", "llama-5m"]
 TASKS = ["e2e", "webnlg", "sst2", "rte"]
-
-
-def fitting_methods(model: str) -> list[str]:
-    """Those of METHODS that a model can be trained by."""
-    empty = empty_model(model)
-    return [name for name, method in METHODS.items() if method.needs(empty) is None]
 
 
 def comparison(model: str, tasks: list[str], methods: list[str], data_dir: str) -> ComparisonConfig:

@@ -7,6 +7,7 @@ learning rates, around its own default. The rate of the lowest dev loss is picke
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,14 @@ class ComparisonConfig:
             problems.append(f"warmup: expected a share between 0 and 1, got {self.warmup}")
         if problems:
             raise ConfigError("config is not valid:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def fitting_methods(model: str, names: Iterable[str] = METHODS) -> list[str]:
+    """Those of the methods that can train a model, by the names of both."""
+    from ssmtune.models import empty_model
+
+    empty = empty_model(model)
+    return [name for name in names if METHODS[name].needs(empty) is None]
 
 
 def run_comparison(

@@ -45,9 +45,14 @@ def next_token_losses(model: nn.Module, targets: Tensor, base: nn.Module | None 
     positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
     targets = targets[:, positions]
     logits = logits_at(model, positions + virtual_tokens(model if base is None else base), base, **inputs)
+    return token_losses(logits, targets)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in float32 of targets (...) under logits (..., vocabulary), zero where a target is -100."""
     # two axes, the vocabulary last: with the vocabulary in the middle the softmax strides through memory
     losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(targets)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmtune.data import IGNORED
-from ssmtune.likelihood import innermost, logits_at
+from ssmtune.likelihood import innermost, logits_at, token_losses
 from ssmtune.mixers import find_mixers
 from ssmtune.mixers.continuation import check_continues, drops_caches, fork_cache
 from ssmtune.prompt_tuning import VirtualTokenModel, cache_name
@@ -74,8 +74,7 @@ def continuation_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) 
     """
     logits = shared_prefix_logits(model, batch["prompt_ids"], batch["continuation_ids"], batch["prompt_mask"])
     targets = batch["continuation_ids"].masked_fill(batch["continuation_mask"] == 0, IGNORED)
-    losses = F.cross_entropy(logits.float().flatten(0, 2), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return -losses.view_as(targets).sum(-1)
+    return -token_losses(logits, targets).sum(-1)
 
 
 def _forked(model: nn.Module, prompt_ids: Tensor, inputs: Tensor, prompt_mask: Tensor | None) -> Tensor:

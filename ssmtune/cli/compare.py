@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmtune.cli.allocator import keep_freed_memory
-from ssmtune.comparison import ComparisonConfig
+from ssmtune.comparison import ComparisonConfig, fitting_methods
 from ssmtune.config import ConfigError, nearest
 from ssmtune.effects import EFFECTS
 from ssmtune.methods import METHODS
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     config = resolve(args)
     config.check()
     if args.methods is None:
-        config.methods = _fitting(config.methods, config.model)
+        config.methods = fitting_methods(config.model, config.methods)
     out = Path(args.out or f"runs/compare-{Path(config.model).name}")
 
     keep_freed_memory()
@@ -173,14 +173,6 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
     }
     values |= {key: value for key, value in flags.items() if value is not None}
     return dataclasses.replace(ComparisonConfig(), **values)
-
-
-def _fitting(methods: list[str], model: str) -> list[str]:
-    """Those of the methods that fit a model."""
-    from ssmtune.models import empty_model
-
-    empty = empty_model(model)
-    return [name for name in methods if METHODS[name].needs(empty) is None]
 
 
 def _names(text: str | None) -> list[str] | None:
