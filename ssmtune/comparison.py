@@ -17,7 +17,7 @@ from ssmtune.config import ConfigError, nearest
 from ssmtune.effects import EFFECTS
 from ssmtune.extensions import import_modules
 from ssmtune.methods import CORE_METHODS, METHODS, get_method
-from ssmtune.tasks import TASKS
+from ssmtune.tasks import SPLITS, TASKS
 
 if TYPE_CHECKING:
     from ssmtune.cell_runner import CellRunner
@@ -100,13 +100,15 @@ class ComparisonConfig:
                 problems.append(f"{key} is empty")
             if twice := sorted({str(value) for value in values if values.count(value) > 1}):
                 problems.append(f"{key}: {', '.join(twice)} is given twice")
-        problems += [
-            f"task_steps has {n!r}, which is none of the tasks{nearest(n, self.tasks) or ': ' + ', '.join(self.tasks)}"
-            for n in self.task_steps
-            if n not in self.tasks
-        ]
+        for key, what, known in (("task_steps", "tasks", self.tasks), ("limit", "splits", SPLITS)):
+            problems += [
+                f"{key} has {n!r}, which is none of the {what}{nearest(n, known) or ': ' + ', '.join(known)}"
+                for n in getattr(self, key)
+                if n not in known
+            ]
         counts = {key: getattr(self, key) for key in ("seeds", "steps", "search_seeds", "batch_size", "evaluations")}
         counts |= {f"steps of {task}": count for task, count in self.task_steps.items()}
+        counts |= {f"limit of {split}": count for split, count in self.limit.items()}
         if self.search_steps is not None:
             counts["search_steps"] = self.search_steps
         problems += [f"{key}: expected at least 1, got {count}" for key, count in counts.items() if count < 1]

@@ -11,10 +11,10 @@ from typing import Any
 
 from ssmtune.cli.allocator import keep_freed_memory
 from ssmtune.comparison import ComparisonConfig, fitting_methods
-from ssmtune.config import ConfigError, nearest
+from ssmtune.config import ConfigError
 from ssmtune.effects import EFFECTS
 from ssmtune.methods import METHODS
-from ssmtune.tasks import TASKS
+from ssmtune.tasks import SPLITS, TASKS
 
 EXAMPLES = """\
 examples:
@@ -95,7 +95,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--text", metavar="FILE", help="held-out text for that, plain or JSONL (default: a short one)")
     parser.add_argument("--ood-task", metavar="T", help="whose inputs `ood` tells apart (default: pieces of the text)")
-    parser.add_argument("--limit", metavar="N", help="at most N examples per split, or train=N,dev=N,test=N")
+    parser.add_argument("--limit", metavar="N", help="at most so many examples per split, as N or N,SPLIT=N,SPLIT=N")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a budget: demo takes minutes on two CPU cores")
     parser.add_argument("--out", metavar="DIR", help="directory of the comparison (default: runs/compare-MODEL)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh if --out holds a comparison")
@@ -151,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
 def resolve(args: argparse.Namespace) -> ComparisonConfig:
     """The configuration: the defaults, the preset over them, the flags over both."""
     values: dict[str, Any] = dict(PRESETS[args.preset]) if args.preset else {}
+    steps, task_steps = _counts("--steps", args.steps, "100,sst2=400")
+    every_split, limit = _counts("--limit", args.limit, "500,train=8000")
     flags = {
         "model": args.model,
         "data_dir": args.data_dir,
@@ -168,8 +170,9 @@ def resolve(args: argparse.Namespace) -> ComparisonConfig:
         "methods": _names(args.methods),
         "imports": _names(args.imports),
         "lr_factors": _numbers(args.lr_grid),
-        "limit": _limit(args.limit),
-        **_steps(args.steps),
+        "steps": steps,
+        "task_steps": task_steps,
+        "limit": limit if every_split is None else dict.fromkeys(SPLITS, every_split) | limit,
     }
     values |= {key: value for key, value in flags.items() if value is not None}
     return dataclasses.replace(ComparisonConfig(), **values)
@@ -188,36 +191,19 @@ def _numbers(text: str | None) -> list[float] | None:
         raise ConfigError(f"--lr-grid: expected numbers such as 0.333,1,3, got {text!r}.") from None
 
 
-def _steps(text: str | None) -> dict[str, Any]:
-    """The fields that `--steps 100,sst2=400` sets."""
+def _counts(flag: str, text: str | None, example: str) -> tuple[int | None, dict[str, int] | None]:
+    """The number without a name in N,NAME=N,NAME=N, if there is one, and those by name; twice None for no text."""
     if text is None:
-        return {}
-    fields: dict[str, Any] = {"task_steps": {}}
+        return None, None
+    counts: dict[str, int] = {}
     for part in text.split(","):
-        task, _, number = (piece.strip() for piece in part.rpartition("="))
-        if not number.isdigit():
+        name, equals, number = (piece.strip() for piece in part.rpartition("="))
+        readable = number.isdecimal() and bool(name) == bool(equals)
+        if not readable or name in counts:
             raise ConfigError(
-                f"--steps: {part.strip()!r} is not understood.\n"
-                "  Give a number of steps, and others for single tasks: 100,sst2=400."
+                f"{flag}: {part.strip()!r} is not understood: "
+                f"{'another number is given for the same' if readable else 'it is neither N nor NAME=N'}.\n"
+                f"  Give one number for all, others by name, or both: {flag} {example}."
             )
-        if task:
-            fields["task_steps"][task] = int(number)
-        else:
-            fields["steps"] = int(number)
-    return fields
-
-
-def _limit(text: str | None) -> dict[str, int] | None:
-    if text is None:
-        return None
-    limit: dict[str, int] = {}
-    splits = ("train", "dev", "test")
-    for part in text.split(","):
-        name, _, number = part.rpartition("=")
-        if not number.strip().isdigit() or int(number) < 1 or (name.strip() or "all") not in ("all", *splits):
-            raise ConfigError(
-                f"--limit: {part.strip()!r} is not understood{nearest(name.strip(), splits) if name else ''}.\n"
-                "  Give a number for every split, or train=N,dev=N,test=N."
-            )
-        limit |= dict.fromkeys(splits if not name else [name.strip()], int(number))
-    return limit
+        counts[name] = int(number)
+    return counts.pop("", None), counts

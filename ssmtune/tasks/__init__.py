@@ -12,6 +12,8 @@ from ssmtune.config import ConfigError, nearest
 if TYPE_CHECKING:
     from ssmtune.tasks.task import Task
 
+SPLITS = ("train", "dev", "test")
+
 TASKS = {
     "docstring-package": "which standard-library package a docstring documents (accuracy; no data needed)",
     "docstring-continuation": "the second half of a docstring (perplexity; no data needed)",

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ssmtune.data import Example
+from ssmtune.tasks import SPLITS
 from ssmtune.tasks.terms import Terms, mean_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SPLITS = ("train", "dev", "test")
 # Metrics of many examples that are the mean of those of each.
 MEANS = ("accuracy", "exact_match", "rouge_1", "rouge_2", "rouge_l")
 

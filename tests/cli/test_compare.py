@@ -11,7 +11,6 @@ import torch
 
 from ssmtune.cli.compare import add_parser, resolve
 from ssmtune.cli.main import main
-from ssmtune.config import ConfigError
 
 
 def parsed(*arguments):
@@ -79,6 +78,7 @@ def test_resolve_lays_flags_over_the_preset():
     assert resolve(parsed("--steps", "sst2=9")).steps == resolve(parsed()).steps
     assert resolve(parsed("--limit", "5")).limit == {"train": 5, "dev": 5, "test": 5}
     assert resolve(parsed("--limit", "train=9,test=3")).limit == {"train": 9, "test": 3}
+    assert resolve(parsed("--limit", "train=9,5")).limit == {"train": 9, "dev": 5, "test": 5}
 
 
 def test_measures_are_chosen():
@@ -97,8 +97,13 @@ def test_measures_are_chosen():
         (["--processes", "0"], "processes: expected at least 1, got 0"),
         (["--methods", "lorra"], "method 'lorra' is unknown; did you mean 'lora'"),
         (["--task", "docstring-pakage"], "task 'docstring-pakage' is unknown; did you mean 'docstring-package'"),
-        (["--limit", "tran=5"], "'tran=5' is not understood; did you mean 'train'"),
-        (["--limit", "many"], "'many' is not understood"),
+        (["--limit", "tran=5"], "limit has 'tran', which is none of the splits; did you mean 'train'"),
+        (["--limit", "all=5"], "limit has 'all', which is none of the splits: train, dev, test"),
+        (["--limit", "dev=0"], "limit of dev: expected at least 1, got 0"),
+        (["--limit", "many"], "--limit: 'many' is not understood: it is neither N nor NAME=N"),
+        (["--limit", "=5"], "'=5' is not understood: it is neither"),
+        (["--limit", "dev=5,dev=6"], "'dev=6' is not understood: another number is given for the same"),
+        (["--steps", "5,6"], "'6' is not understood: another number is given for the same"),
         (["--steps", "sst2=few"], "--steps: 'sst2=few' is not understood"),
         (["--steps", "sst=9"], "task_steps has 'sst', which is none of the tasks"),
         (["--lr-grid", "fast"], "expected numbers such as 0.333,1,3, got 'fast'"),
@@ -192,8 +197,3 @@ def test_no_method_at_all_is_exit_status_1(finished, capsys, monkeypatch, tmp_pa
     assert main([*arguments[:-1], str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
     assert "run failed: out of luck" in captured.out and "no method could be trained" in captured.err
-
-
-def test_unknown_config_is_an_error_before_anything_is_loaded():
-    with pytest.raises(ConfigError):
-        resolve(parsed("--limit", "dev=0"))
