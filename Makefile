@@ -25,8 +25,10 @@ all: $(INSTALLED)
 demo: $(INSTALLED)
 	$(SSMTUNE) compare mamba-5m --task docstring-package --preset demo --out runs/demo
 
+# a process for each core, 8 at most, where the interpreter has pytest-xdist
+PROCESSES = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses 8 --dist worksteal)
 test: $(INSTALLED)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(PROCESSES)
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.selective_scan

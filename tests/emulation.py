@@ -1,5 +1,6 @@
 """CUDA sources compiled for the CPU with the emulator, once for each state of them, into build/emulated."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -36,8 +37,11 @@ def compile_library(name: str, sources: list[Path], sanitize: bool = False, opti
         return library
 
     CACHE.mkdir(parents=True, exist_ok=True)
-    # a folder of its own, for another process may be compiling the same
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    # a lock, for another process may be compiling the same; a folder of its own, which goes if this one is interrupted
+    with (CACHE / f"{name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.is_file():
+            return library
         objects = {Path(folder, f"{i}.o"): path for i, path in enumerate([EMULATOR / "emulator.cpp", *sources])}
 
         def compile_source(target: Path) -> subprocess.CompletedProcess:
