@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssmtune.reasons import reading_files_of
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -100,16 +102,11 @@ def to_mamba_ssm(model: PreTrainedModel, folder: str | Path) -> None:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
 
-    try:
+    needs = f"{_CONFIG} and {_WEIGHTS}, with tensors and nothing else in that"
+    remedy = "Save it again by MambaLMHeadModel.save_pretrained, or pass the model itself."
+    with reading_files_of("a checkpoint of mamba_ssm", folder, needs, remedy):
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        weights = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - pickle, zip and JSON raise unrelated kinds
-        raise ValueError(
-            f"cannot read {folder} as a checkpoint of mamba_ssm: {str(error).splitlines()[0]}.\n"
-            f"  It has to hold {_CONFIG} and {_WEIGHTS}, with tensors and nothing else in that: other pickles can run "
-            "code.\n  Save it again by MambaLMHeadModel.save_pretrained, or pass the model itself."
-        ) from None
-    return config, weights
+        return config, torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
 
 
 def _to_transformers(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmtune.config import ConfigError, nearest
+from ssmtune.reasons import first_line
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
@@ -122,10 +123,9 @@ def hub_rows(name: str, split: str, subset: str | None = None) -> Iterator[tuple
         with cache_alone_if_unreachable():
             rows = datasets.load_dataset(path, subset, split=split, revision=revision or None)
     except Exception as error:  # the hub client raises a dozen unrelated kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{name!r} is not a local file, and split {split!r} of a dataset of that name could not be loaded.\n"
-            f"  {reason}\n  Check the name, the split and the network."
+            f"  {first_line(error)}\n  Check the name, the split and the network."
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row

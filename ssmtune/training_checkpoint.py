@@ -22,6 +22,7 @@ from torch import nn
 
 from ssmtune.config import ConfigError, TrainConfig
 from ssmtune.data import EncodedExamples
+from ssmtune.reasons import first_line
 
 PROGRESS = "progress.json"
 BEST = "best.safetensors"
@@ -106,8 +107,7 @@ def reading(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"checkpoint {checkpoint} cannot be read: {reason}\n"
+            f"checkpoint {checkpoint} cannot be read: {first_line(error)}\n"
             "  It is damaged, or was not written by ssmtune. Remove it to resume from none, or use --overwrite."
         ) from error

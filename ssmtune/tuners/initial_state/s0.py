@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssmtune.mixers import find_mixers, patched_class, state_shape
+from ssmtune.reasons import reading_files_of
 from ssmtune.tuners.initial_state.config import InitialStateConfig
 from ssmtune.tuners.initial_state.model import InitialStateModel
 
@@ -78,19 +79,15 @@ def load_s0_states(model: nn.Module, folder: str | Path, adapter_name: str = "de
 def _read(folder: Path) -> tuple[dict[int, Tensor], dict[str, Any], str]:
     """The states by layer, the settings of their training, and the kind of their mixers."""
     file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / _FILES[0])
-    try:
+    needs = f"{' or '.join(_FILES)}, with a tensor for each layer alone"
+    remedy = "Pass the folder that S0Trainer.save wrote; save it again with s0-tuning 0.1 if it is older."
+    with reading_files_of("states of s0-tuning", folder, needs, remedy):
         settings, meta = (
             json.loads(path.read_text(encoding="utf-8")) if (path := folder / name).is_file() else {}
             for name in ("config.json", "meta.json")
         )
         stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         return {int(layer): state.float() for layer, state in stored.items()}, settings, meta.get("arch", "mamba2")
-    except Exception as error:  # noqa: BLE001 - safetensors, pickle and JSON raise unrelated kinds
-        raise ValueError(
-            f"cannot read {folder} as states of s0-tuning: {str(error).splitlines()[0]}.\n"
-            f"  It has to hold {' or '.join(_FILES)}, with a tensor for each layer alone: other pickles can run code.\n"
-            "  Pass the folder that S0Trainer.save wrote; save it again with s0-tuning 0.1 if it is older."
-        ) from None
 
 
 def _stored_shape(mixer: nn.Module) -> tuple[int, ...]:
