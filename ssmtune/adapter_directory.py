@@ -96,7 +96,8 @@ def load_directory(folders: Mapping[str, Path], base: str | None = None) -> tupl
         ConfigError, ValueError: the adapters are of several bases or methods, or of one that batches cannot mix, or as
             `load_model` and `load_folders`.
     """
-    from ssmtune.models import load_folders, load_model, read_adapter_config
+    from ssmtune.models import load_model
+    from ssmtune.stored_adapters import load_folders, read_adapter_config
 
     configs = {name: read_adapter_config(folder) for name, folder in folders.items()}
     base = _common_base(configs) if base is None else base

@@ -17,7 +17,8 @@ from ssmtune.generation import pad_id
 from ssmtune.gradcheck import check_gradients
 from ssmtune.methods import Method
 from ssmtune.mixers import find_mixers, patch
-from ssmtune.models import load_adapter, no_progress_bars
+from ssmtune.models import no_progress_bars
+from ssmtune.stored_adapters import load_adapter
 from ssmtune.weights import save_weights
 
 # Relative to the largest logit: an adapter of zeros adds nothing, and a stored one is the same numbers.

@@ -83,7 +83,7 @@ def repair(model: nn.Module) -> nn.Module:
     """Make a PeftModel with virtual tokens generate correctly.
 
     Swaps the class of this one instance; any other model is returned as it is. Call it after
-    `PeftModel.from_pretrained`; `ssmtune.models.load_adapter` does so by itself.
+    `PeftModel.from_pretrained`; `ssmtune.stored_adapters.load_adapter` does so by itself.
     """
     if type(model) is PeftModelForCausalLM and model.active_peft_config.peft_type in REPAIRED:
         model.__class__ = VirtualTokenModel

@@ -71,7 +71,7 @@ def _check_usage(args: argparse.Namespace) -> None:
 
 
 def _continue(args: argparse.Namespace) -> int:
-    from ssmtune.models import load_trained
+    from ssmtune.stored_adapters import load_trained
 
     prompts = args.prompt if args.prompt is not None else _read_prompts(args.prompt_file)
     texts = _generate(args, *load_trained(args.model, base_only=args.base), prompts)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ssmtune.config import ConfigError, find_recipe, recipe_names
+from ssmtune.config import ConfigError
+from ssmtune.config_files import find_recipe, recipe_names
 
 EXAMPLES = """\
 examples:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ssmtune.cli.allocator import keep_freed_memory
-from ssmtune.config import ConfigError, RunConfig, add_flags, flag_values, help_of, load_config, to_dict, to_yaml
+from ssmtune.cli.config_flags import add_flags, flag_values, help_of
+from ssmtune.config import ConfigError, RunConfig
+from ssmtune.config_files import load_config, to_dict, to_yaml
 from ssmtune.extensions import import_modules
 from ssmtune.methods import get_method, method_options
 from ssmtune.models import resolve_model

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ssmtune.cli.main import main
-from ssmtune.config import RunConfig, to_yaml
+from ssmtune.config import RunConfig
+from ssmtune.config_files import to_yaml
 from ssmtune.generation import generate_texts
 from ssmtune.methods import apply_method
 from ssmtune.models import load_model

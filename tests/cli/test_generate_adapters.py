@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from ssmtune.cli.main import main
 from ssmtune.generation import generate_texts
 from ssmtune.methods import apply_method
-from ssmtune.models import load_model, load_trained
+from ssmtune.models import load_model
+from ssmtune.stored_adapters import load_trained
 from ssmtune.weights import save_weights
 
 ROWS = [("the sea", "waves"), ("the sun is", None), ("blue", "rays"), ("the sea", "rays"), ("the sun is red", "waves")]

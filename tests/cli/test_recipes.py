@@ -1,7 +1,7 @@
 import pytest
 
 from ssmtune.cli.main import main
-from ssmtune.config import RECIPES, recipe_names
+from ssmtune.config_files import RECIPES, recipe_names
 
 
 def test_recipes_are_listed_with_their_titles(capsys):

@@ -11,7 +11,8 @@ from ssmtune.cells import Cell, CellStore
 from ssmtune.comparison import ComparisonConfig, run_comparison
 from ssmtune.config import ConfigError
 from ssmtune.methods import CORE_METHODS, METHODS
-from ssmtune.models import load_model, load_trained
+from ssmtune.models import load_model
+from ssmtune.stored_adapters import load_trained
 from ssmtune.summary import summarize
 from ssmtune.sweep import pick, planned_cells
 from ssmtune.tasks import load_task

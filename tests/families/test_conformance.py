@@ -9,8 +9,8 @@ from torch import nn
 
 import ssmtune
 from ssmtune.mixers import find_mixers, patch
-from ssmtune.models import load_adapter
 from ssmtune.prompt_tuning import VirtualTokenModel, cache_name
+from ssmtune.stored_adapters import load_adapter
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 

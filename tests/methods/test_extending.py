@@ -97,7 +97,7 @@ def test_an_adapter_file_imports_nothing(tmp_path, tiny_mamba):
     from peft import get_peft_model
 
     from ssmtune import StateOffsetConfig
-    from ssmtune.models import load_adapter
+    from ssmtune.stored_adapters import load_adapter
 
     model = get_peft_model(tiny_mamba, StateOffsetConfig())
     model.save_pretrained(tmp_path)

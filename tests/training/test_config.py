@@ -2,16 +2,9 @@ import argparse
 
 import pytest
 
-from ssmtune.config import (
-    ConfigError,
-    RunConfig,
-    add_flags,
-    find_recipe,
-    flag_values,
-    load_config,
-    recipe_names,
-    to_yaml,
-)
+from ssmtune.cli.config_flags import add_flags, flag_values
+from ssmtune.config import ConfigError, RunConfig
+from ssmtune.config_files import find_recipe, load_config, recipe_names, to_yaml
 
 
 def write(tmp_path, text):

@@ -9,7 +9,8 @@ from ssmtune.methods import METHODS, apply_method, get_method, method_options
 from ssmtune.methods.combined import COMBINED_METHODS
 from ssmtune.methods.own_weights import OWN_WEIGHT_METHODS
 from ssmtune.mixers import patch
-from ssmtune.models import load_adapter, load_model
+from ssmtune.models import load_model
+from ssmtune.stored_adapters import load_adapter
 from ssmtune.weights import parameter_counts, save_weights
 
 ADAPTERS = [name for name in METHODS if name != "full"]

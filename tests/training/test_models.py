@@ -12,7 +12,8 @@ from ssmtune.config import ConfigError
 from ssmtune.methods import apply_method
 from ssmtune.mixers import find_mixers
 from ssmtune.mixers.selective_mixer import SelectiveMixer
-from ssmtune.models import empty_model, load_adapter, load_model, load_trained, portable_name, resolve_model
+from ssmtune.models import empty_model, load_model, portable_name, resolve_model
+from ssmtune.stored_adapters import load_adapter, load_trained
 from ssmtune.weights import save_weights
 
 

@@ -7,8 +7,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from ssmtune.config import ConfigError
 from ssmtune.likelihood import target_losses
 from ssmtune.methods import apply_method
-from ssmtune.models import load_adapter
 from ssmtune.prompt_tuning import add_prefix
+from ssmtune.stored_adapters import load_adapter
 from ssmtune.weights import save_weights
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -5,8 +5,9 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from ssmtune.data import IGNORED
 from ssmtune.generation import generate_texts, target_log_likelihood
 from ssmtune.methods import apply_method
-from ssmtune.models import load_adapter, load_model
+from ssmtune.models import load_model
 from ssmtune.prompt_tuning import VirtualTokenModel, repair
+from ssmtune.stored_adapters import load_adapter
 from ssmtune.weights import save_weights
 
 PROMPTS = ["the sea is blue", "x", "the sun and the sea are not the same thing"]

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, FalconH1ForCausalLM, Qwen3_5ForCausalLM,
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import ssmtune
-from ssmtune.config import MethodConfig, RunConfig, TrainConfig, load_config
+from ssmtune.config import MethodConfig, RunConfig, TrainConfig
+from ssmtune.config_files import load_config
 from ssmtune.data import Example, encode
 from ssmtune.methods import apply_method, method_options
 from ssmtune.models import load_model

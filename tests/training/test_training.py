@@ -15,7 +15,8 @@ from ssmtune.config import ConfigError, EvalConfig, TrainConfig
 from ssmtune.data import Example
 from ssmtune.generation import target_log_likelihood
 from ssmtune.methods import METHODS, apply_method
-from ssmtune.models import load_model, load_trained
+from ssmtune.models import load_model
+from ssmtune.stored_adapters import load_trained
 from ssmtune.trainer import ExampleOrder
 from ssmtune.training import TrainingInterrupted, train
 
