@@ -128,3 +128,9 @@ def test_a_patched_model_trains_through_the_operators(tiny_mamba):
     model = adapted(tiny_mamba, r"\.(A_log|D)$|bias$")
     report = ssmtune.check_gradients(model, {"input_ids": TOKENS, "labels": TOKENS})
     assert report.ok, str(report)
+
+
+def test_rows_of_a_batch_cannot_choose(tiny_mamba):
+    model = trained(tiny_mamba, r"\.bias$")
+    with pytest.raises(ValueError, match="adapter_names=.* cannot be used with a subset of weights"):
+        model(input_ids=TOKENS, adapter_names=["__base__"])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -49,6 +49,15 @@ class WeightSubsetModel(BaseTuner):
     def _temporarily_active(self, adapter_name: str):
         """A context for peft to load tensors in: they are in the model anyway."""
         return nullcontext()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if (names := kwargs.get("adapter_names")) is not None:
+            raise ValueError(
+                f"adapter_names={names} cannot be used with a subset of weights: a batch shares them.\n"
+                "  Run the rows of the base apart, within disable_adapter()."
+            )
+        yield
 
     def _create_and_replace(self, *args, **kwargs):
         raise NotImplementedError(f"{type(self).__name__} replaces no modules.")
