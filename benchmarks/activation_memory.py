@@ -6,7 +6,6 @@ what its source saves. Then it times training steps that make more and less of i
 to benchmarks/results/<device>.csv; with --quick it takes a narrow model and stores nothing.
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.step_cases import StepCase, StepSpec, build, check_losses
-from benchmarks.stored import store
+from benchmarks.stored import command_line, store
 from ssmtune.measure import results
 from ssmtune.measure.timing import Lap, Verified, interleave
 from ssmtune.mixers import find_mixers, patch
@@ -163,10 +162,7 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.activation_memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a narrow model; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
-    return run(**vars(parser.parse_args(argv)))
+    return run(**vars(command_line("activation_memory", __doc__, quick="a narrow model").parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 `python -m benchmarks.causal_conv1d` appends its rows to benchmarks/results/<device>.csv.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.shapes import MAIN, QUICK
-from benchmarks.stored import store
+from benchmarks.stored import command_line, store
 from ssmtune.measure import results
 from ssmtune.measure.conv_cases import ConvSpec
 from ssmtune.measure.session import Session
@@ -38,10 +37,7 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.causal_conv1d", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one small shape; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
-    return run(**vars(parser.parse_args(argv)))
+    return run(**vars(command_line("causal_conv1d", __doc__, quick="one small shape").parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 benchmarks/results/<device>.csv; with `--device cuda` on a GPU, against mamba_ssm's step where it is installed.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ssmtune
-from benchmarks.stored import default_file, store
+from benchmarks.stored import command_line, default_file, store
 from ssmtune.measure import results
 from ssmtune.measure.bounds import measure
 from ssmtune.measure.call_cases import CallCase
@@ -140,9 +139,7 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest sizes; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser = command_line("decoding", __doc__, quick="the smallest sizes")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     return run(**vars(parser.parse_args(argv)))
 

@@ -5,7 +5,6 @@ benchmarks/results/<device>.csv as they come, and starts nothing new after `--mi
 of it on small shapes and the kernels of the CPU.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.stored import default_file
+from benchmarks.stored import command_line, default_file
 from ssmtune.measure import bounds, results
 from ssmtune.measure.conv_cases import ConvSpec
 from ssmtune.measure.inputs import Shape
@@ -125,9 +124,7 @@ def keep_limits(session: Session) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small shapes; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser = command_line("gpu_kernels", __doc__, quick="small shapes")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=4.0, help="start nothing new after them (default: 4)")
     return run(**vars(parser.parse_args(argv)))

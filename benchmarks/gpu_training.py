@@ -6,7 +6,6 @@ appends its rows to benchmarks/results/<device>.csv as they come, and starts not
 `--device cpu --quick` runs all of it on two narrow layers.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks.peers.authors_scan import SCANS
 from benchmarks.step_cases import StepCase, StepSpec, check_losses, forget_models, verify_small
-from benchmarks.stored import default_file
+from benchmarks.stored import command_line, default_file
 from benchmarks.training_step import Session
 from ssmtune.measure import results
 from ssmtune.measure.peers import mamba_ssm_scan
@@ -126,9 +125,7 @@ def run(quick: bool = False, csv: Path | None = None, device: str = "cuda", minu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_training", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two narrow layers; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser = command_line("gpu_training", __doc__, quick="two narrow layers")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=2.0, help="start nothing new after them (default: 2)")
     return run(**vars(parser.parse_args(argv)))

@@ -4,7 +4,6 @@
 rows and with another for each, and appends its rows to benchmarks/results/<device>.csv.
 """
 
-import argparse
 import ctypes
 import gc
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.stored import store
+from benchmarks.stored import command_line, store
 from ssmtune.measure import results
 from ssmtune.measure.timing import Summary, error, laps
 
@@ -218,10 +217,7 @@ def run(quick: bool = False, csv: Path | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.many_adapters", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few adapters, short texts; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
-    return run(**vars(parser.parse_args(argv)))
+    return run(**vars(command_line("many_adapters", __doc__, quick="few adapters, short texts").parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Losses of three steps are compared first; then they take turns, so that a busy m
 ratios are medians over rounds, in which each ran once. Needs s0-tuning: pip install s0-tuning==0.1.2.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers.utils import logging
 import ssmtune
 from benchmarks.peak_memory import peak_memory
 from benchmarks.peers import s0_mixer
-from benchmarks.stored import store
+from benchmarks.stored import command_line, store
 from ssmtune.measure import results
 from ssmtune.measure.timing import Summary, laps
 
@@ -187,9 +186,7 @@ def run(quick: bool = False, csv: Path | None = None, rounds: int = 9) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.s0_tuning", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small model; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser = command_line("s0_tuning", __doc__, quick="a small model")
     parser.add_argument("--rounds", type=int, default=9, help="how often each runs")
     return run(**vars(parser.parse_args(argv)))
 

@@ -4,7 +4,6 @@
 with --quick it takes one small shape, needs half a minute and stores nothing.
 """
 
-import argparse
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 
 from benchmarks.peak_memory import peak_memory
 from benchmarks.shapes import LENGTHS, MAIN, MEMORY, QUADRATIC, QUICK, QUICK_LENGTHS
-from benchmarks.stored import store
+from benchmarks.stored import command_line, store
 from benchmarks.worker import KEPT, WorkerSession
 from ssmtune.measure import results
 from ssmtune.measure.inputs import Shape
@@ -158,9 +157,7 @@ def _environments(backend: str, quick: bool) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.selective_scan", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one small shape, short lengths; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser = command_line("selective_scan", __doc__, quick="one small shape, short lengths")
     parser.add_argument("--backend", default="cpu", choices=("cpu", "reference"), help="of ssmtune (default: cpu)")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
     return run(**vars(parser.parse_args(argv)))

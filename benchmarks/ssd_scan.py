@@ -4,7 +4,6 @@ Each is checked against float64 first; then they take turns, so that a busy mach
 are medians over rounds, in which each ran once.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 import ssmtune
-from benchmarks.stored import store
+from benchmarks.stored import command_line, store
 from ssmtune.measure import results
 from ssmtune.measure.timing import Summary, error, laps
 
@@ -124,9 +123,7 @@ def run(quick: bool = False, csv: Path | None = None, rounds: int = 15) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ssd_scan", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small scan; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser = command_line("ssd_scan", __doc__, quick="a small scan")
     parser.add_argument("--rounds", type=int, default=15, help="how often each runs")
     return run(**vars(parser.parse_args(argv)))
 

@@ -5,7 +5,6 @@ and of the model in the package (8 layers, width 256), and appends its rows to b
 --quick it takes two narrow layers and stores nothing. benchmarks.gpu_training is that of a GPU.
 """
 
-import argparse
 import platform
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks.peak_memory import peak_memory
 from benchmarks.step_cases import StepSpec, check_losses, memory_probe, verify_small
-from benchmarks.stored import store
+from benchmarks.stored import command_line, store
 from benchmarks.worker import KEPT, Workers
 from ssmtune.measure import results
 from ssmtune.measure.specs import OURS
@@ -153,9 +152,7 @@ def run(quick: bool = False, csv: Path | None = None, backend: str = "cpu") -> i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two narrow layers, 1 x 64; stores nothing by itself")
-    parser.add_argument("--csv", type=Path, help="file to append to (default: benchmarks/results/<device>.csv)")
+    parser = command_line("training_step", __doc__, quick="two narrow layers, 1 x 64")
     parser.add_argument("--backend", default="cpu", choices=OURS, help="of the patched model (default: cpu)")
     return run(**vars(parser.parse_args(argv)))
 
