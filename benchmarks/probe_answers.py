@@ -11,6 +11,7 @@ from ssmtune.summary import Spread
 
 LEARNT, NOT_LEARNT = 90.0, 10.0
 ZOOLOGY = "arXiv 2312.04927"
+BASED = "arXiv 2402.18668"
 REPEAT = "arXiv 2402.01032"
 ILLUSION = "arXiv 2404.08819"
 PREFIX = "arXiv 2310.19698"
@@ -36,10 +37,12 @@ class Answer:
 def answers(studies: Sequence[Study]) -> list[Answer]:
     """The known answers about what is in these comparisons."""
     found = []
-    for task, source in (("probe-recall", ZOOLOGY), ("probe-copy", REPEAT)):
-        ours, theirs = (_score(studies, family, task, "full") for family in ("llama", "mamba"))
-        found.append(_learnt(f"{task}: attention learns it in 800 steps", source, ours))
-        found.append(_behind(f"{task}: a Mamba of that size is behind at the same steps", source, theirs, ours))
+    for family, source in (("llama", ZOOLOGY), ("mamba", BASED)):
+        pairs = _score(studies, family, "probe-recall", "full", "exact_match_10_pairs")
+        found.append(_learnt(f"probe-recall: {family} looks up ten pairs", source, pairs))
+    ours, theirs = (_score(studies, family, "probe-copy", "full") for family in ("llama", "mamba"))
+    found.append(_learnt("probe-copy: llama learns it", REPEAT, ours))
+    found.append(_behind("probe-copy: mamba is behind it at the same steps", REPEAT, theirs, ours))
     for family in ("llama", "mamba"):
         near, far = (_score(studies, family, "probe-swaps", "full", f"exact_match_{n}_swaps") for n in (2, 16))
         found.append(_learnt(f"probe-swaps: {family} follows 2 swaps", ILLUSION, near))

@@ -43,7 +43,8 @@ def new_model(family: str, seed: int = 0):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    shape = {"vocab_size": len(words), "hidden_size": 64, "tie_word_embeddings": True, **ends}
+    # 0.1 is the default of Mamba; that of Llama, 0.02, is for models many times as wide, and starts slowly
+    shape = {"vocab_size": len(words), "hidden_size": 64, "tie_word_embeddings": True, "initializer_range": 0.1, **ends}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "llama":
@@ -85,6 +86,7 @@ def comparison(part: str, out: Path, seeds: int, scale: float) -> ComparisonConf
             methods=["full"],
             seeds=seeds,
             steps=steps(800),
+            task_steps={"probe-copy": steps(400), "probe-swaps": steps(1200)},
             lr_factors=[8.0],
             batch_size=32,
             evaluations=3,
@@ -96,6 +98,7 @@ def comparison(part: str, out: Path, seeds: int, scale: float) -> ComparisonConf
         methods=METHODS[family],
         seeds=seeds,
         steps=steps(200),
+        task_steps={"probe-order": steps(300)},
         search_steps=steps(50),
         lr_factors=[8.0, 64.0],
         search_seeds=1,

@@ -34,6 +34,20 @@ def test_models_are_small_and_take_each_word_for_a_token(family):
             assert tokenizer.decode(tokens) == text
 
 
+def grouped(name, task, **scores):
+    """A comparison of full fine-tuning on a task whose scores are those of groups of its examples."""
+    others = {f"exact_match_{group}": Spread(tuple(values)) for group, values in scores.items()}
+    row = MethodRow("full", "Full", "full", scores=Spread((50.0,)), others=others)
+    return Study(name, SimpleNamespace(tasks=[SimpleNamespace(name=task, rows=[row])]))
+
+
+def test_answers_read_the_many_pairs_and_the_few_and_many_swaps():
+    recall = answers([grouped("llama", "probe-recall", **{"3_pairs": [100], "10_pairs": [40]})])
+    assert [(answer.measured, answer.holds) for answer in recall] == [("40.0 (1)", False)]
+    swaps = answers([grouped("mamba", "probe-swaps", **{"2_swaps": [91], "4_swaps": [50], "16_swaps": [11]})])
+    assert [(answer.measured, answer.holds) for answer in swaps] == [("91.0 (1)", True), ("11.0 (1)", False)]
+
+
 def test_answers_compare_what_was_measured_with_what_is_known():
     held = answers(
         [
@@ -45,8 +59,8 @@ def test_answers_compare_what_was_measured_with_what_is_known():
     )
     came_out = {answer.claim: answer.holds for answer in held}
     assert came_out == {
-        "probe-copy: attention learns it in 800 steps": True,
-        "probe-copy: a Mamba of that size is behind at the same steps": True,
+        "probe-copy: llama learns it": True,
+        "probe-copy: mamba is behind it at the same steps": True,
         "probe-order: Full teaches it to llama-sorter": True,
         "probe-order: Prefix-Tuning does not teach it to llama-sorter": True,
         "probe-order: Full teaches it to mamba-sorter": False,

@@ -23,7 +23,9 @@ def test_answers_are_right(tasks):
     for example in tasks["probe-recall"].test:
         words = given(example)
         pairs = sorted(zip(words[::2], words[1::2], strict=True))
-        assert example.target.split() == [word for pair in pairs for word in pair] and len(pairs) == 10
+        assert example.target.split() == [word for pair in pairs for word in pair]
+        assert len(dict(pairs)) == len(pairs) and example.group == f"{len(pairs)}_pairs"
+    assert {example.group for example in tasks["probe-recall"].test} == {"3_pairs", "10_pairs"}
     for example in tasks["probe-copy"].test:
         assert example.target.split() == given(example) and len(given(example)) == 16
     for example in tasks["probe-style"].test:
@@ -41,9 +43,10 @@ def test_swaps_are_those_of_a_permutation_matrix(tasks):
             matrix = np.eye(5, dtype=int)
             matrix[[int(i) - 1, int(j) - 1]] = matrix[[int(j) - 1, int(i) - 1]]
             product = matrix @ product
-        assert example.target.split() == list(np.array(list("abcde"))[product.argmax(1)])
+        letters = np.array(list("abcde"))[product.argmax(1)]
+        assert example.target.split() == [word for pair in zip("12345", letters, strict=True) for word in pair]
         assert example.group == f"{len(given(example))}_swaps"
-    assert {len(given(example)) for example in tasks["probe-swaps"].test} == {2, 4, 16}
+    assert {len(given(example)) for example in tasks["probe-swaps"].test} == {2, 3, 4, 16}
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -77,7 +80,7 @@ def test_score_counts_whole_answers_and_words_in_their_place(tasks):
 
 def test_swaps_are_scored_by_their_number(tasks):
     task = tasks["probe-swaps"]
-    answers = [example.target.strip() if example.group == "2_swaps" else "e d c b a" for example in task.test]
+    answers = [example.target.strip() if example.group == "2_swaps" else "1 e 2 d 3 c 4 b 5 a" for example in task.test]
     scores = task.score(answers, task.test)
     assert scores["exact_match_2_swaps"] == 100.0 and scores["exact_match_16_swaps"] < 10
 
