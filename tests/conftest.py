@@ -7,6 +7,7 @@ from pathlib import Path
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gc
 import importlib.util
 import random
 import sys
@@ -29,6 +30,17 @@ _load("emulated_cuda")
 _load("ssd_inputs")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of garbage collection what stays: Trainer and every run of a sweep ask for a whole one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Give it back: the interpreter takes down at its end what it has, and extensions complain of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,22 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from ssmtune import cell_runs
 from ssmtune.cells import FORMAT, Cell, CellStore
 from ssmtune.comparison import ComparisonConfig, run_comparison
+from ssmtune.effects.decoding import decoding_milliseconds
 
 SIZES = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens(monkeypatch) -> None:
+    """Decode two tokens, not 32, where a run is asked how long one takes."""
+    monkeypatch.setattr(cell_runs, "decoding_milliseconds", partial(decoding_milliseconds, tokens=2))
 
 
 @pytest.fixture(scope="session")
