@@ -1,6 +1,9 @@
-"""Inputs of Mamba-2's scan, and how tests run it."""
+"""Inputs of Mamba-2's scan, how tests run it, and the recurrence that they hold it to."""
+
+import math
 
 import torch
+from numerics import assert_close
 from torch import Tensor
 
 from ssmtune.ops import ssd_scan
@@ -64,3 +67,43 @@ def run(inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
 def tolerance(dtype: torch.dtype) -> float:
     """How far results may be from the exact ones: some roundings of the type."""
     return {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+
+
+def recurrence(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None, state_offset=None, output_offset=None,
+               dt_softplus=True, dt_limit=(0.0, math.inf)):  # fmt: skip
+    """The definition, one step of one head's states at a time."""
+    heads = x.shape[2]
+    B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (torch.nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    h = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[3]) + (0 if initial_states is None else initial_states)
+    out = []
+    for t in range(x.shape[1]):
+        inflow = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
+        h = (dt[:, t] * A).exp()[..., None, None] * h + inflow
+        out.append(((h + (0 if state_offset is None else state_offset)) * C[:, t, :, None, :]).sum(-1))
+    y = torch.stack(out, dim=1)
+    if D is not None:
+        y = y + (D[:, None] if D.dim() == 1 else D) * x
+    if output_offset is not None:
+        y = y + (output_offset if output_offset.dim() == 2 else output_offset[:, None])
+    return (y if z is None else y * torch.nn.functional.silu(z)), h
+
+
+def compare(inputs, backend, dtype=torch.float32, **options):
+    """Hold outputs, final states and every gradient of a backend to the recurrence in float64."""
+    wide = {name: x.double().requires_grad_() for name, x in inputs.items()}
+    narrow = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    expected = recurrence(**wide, **options)
+    actual = run(narrow, backend=backend, **options)
+    ratio = tolerance(dtype)
+    for name, a, b in zip(("out", "final_states"), expected, actual, strict=True):
+        assert_close(name, a, b, ratio)
+    weights = [torch.randn(r.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for r in expected]
+    a = torch.autograd.grad(sum((r * w).sum() for r, w in zip(expected, weights, strict=True)), list(wide.values()))
+    b = torch.autograd.grad(
+        sum((r * w.to(dtype).to(r.dtype)).sum() for r, w in zip(actual, weights, strict=True)), list(narrow.values())
+    )
+    for name, x, y in zip(inputs, a, b, strict=True):
+        assert y.dtype == inputs[name].dtype, name
+        assert_close(f"d{name}", x, y, 4 * ratio)

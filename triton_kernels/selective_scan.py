@@ -217,7 +217,9 @@ def selective_scan_fwd(
         )  # fmt: skip
 
 
-def _partial_sums(gradient: Tensor | None, axis: int, count: int, allocate: Callable[..., Tensor]) -> Tensor | None:
+def partial_sums(
+    gradient: Tensor | None, axis: int, count: int, allocate: Callable[..., Tensor] = torch.Tensor.new_empty
+) -> Tensor | None:
     """Return room for the partial sums of a gradient along a new axis: the gradient itself where there is only one."""
     if gradient is None or count == 1:
         return gradient
@@ -274,7 +276,7 @@ def selective_scan_bwd(
     ]
     # the segments that packed sequences do not need write nothing
     allocate = torch.Tensor.new_zeros if cu_seqlens is not None and layout.is_split else torch.Tensor.new_empty
-    partial_sums = [_partial_sums(*entry, allocate) for entry in sums]
+    partial = [partial_sums(*entry, allocate) for entry in sums]
     states = any(gradient is not None for gradient in (ddelta, dA, dC, dz, ddelta_bias))
     adjoints = any(gradient is not None for gradient in (du, ddelta, dA, dB, ddelta_bias, dinitial_state))
     kept_states = (CHUNK_SIZE // BACKWARD_STEPS + 1) * layout.block_n + 4 * CHUNK_SIZE
@@ -288,7 +290,7 @@ def selective_scan_bwd(
         selective_scan_bwd_kernel[(layout.programs,)](
             u, delta, B, C, z, dout, A, D, delta_bias, initial_state, state_offset, output_offset,
             cu_seqlens, chunk_states, adjoint, scratch,
-            du, ddelta, dz, *partial_sums,
+            du, ddelta, dz, *partial,
             batch=u.shape[0], **layout.sizes(),
             **_strides(u=u, delta=delta, z=z, dout=dout, du=du, ddelta=ddelta, dz=dz),
             stride_initial_state=_row_stride(initial_state, 2),
@@ -297,6 +299,6 @@ def selective_scan_bwd(
             **layout.options(TWO_WARPS),
             STEPS=BACKWARD_STEPS, AHEAD=steps_ahead(layout.block_d, dstate_offset is not None),
         )  # fmt: skip
-    for (gradient, axis, _), partial in zip(sums, partial_sums, strict=True):
-        if partial is not gradient:
-            torch.sum(partial, axis, out=gradient)
+    for (gradient, axis, _), shares in zip(sums, partial, strict=True):
+        if shares is not gradient:
+            torch.sum(shares, axis, out=gradient)

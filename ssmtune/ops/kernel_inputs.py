@@ -47,6 +47,21 @@ def scan_inputs(
     )
 
 
+def dense_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A (batch, seqlen, heads, size) tensor in that dtype, dense along its last two axes as projections give them."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    dense = (x.shape[3] == 1 or x.stride(3) == 1) and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return x if dense else x.contiguous()
+
+
+def ssd_inputs(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The inputs of Mamba-2's scan; steps are few, and in float32 as parameters are."""
+    B, C = (dense_heads(tensor, x.dtype) for tensor in (B, C))
+    return dense_heads(x, x.dtype), parameter(dt), parameter(A), B, C, *(parameter(tensor) for tensor in others)
+
+
 def conv_inputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, ...]:

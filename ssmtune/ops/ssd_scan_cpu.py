@@ -1,14 +1,12 @@
 """Calls into the compiled CPU kernels of Mamba-2's scan.
 
-The kernels write into tensors their caller allocated, and skip each result that is None. They take tensors along seqlen
-that are dense along their last two axes, steps in float32, and everything else contiguous in float32.
+The kernels write into tensors their caller allocated, and skip each result that is None.
 """
 
-import torch
 from torch import Tensor
 
 from ssmtune import native
-from ssmtune.ops.kernel_inputs import parameter
+from ssmtune.ops.kernel_inputs import dense_heads, parameter, ssd_inputs
 from ssmtune.ops.packing import n_kept_states
 
 CHUNK_SIZE = 64
@@ -22,7 +20,7 @@ def chunk_states_shape(x_shape: tuple[int, ...], groups: int, dstate: int, n_seq
 
 def forward(inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, *options_and_results) -> None:
     """Run the scan."""
-    native.operator("ssd_scan_fwd")(*_kernel_inputs(inputs), cu_seqlens, *options_and_results)
+    native.operator("ssd_scan_fwd")(*ssd_inputs(*inputs), cu_seqlens, *options_and_results)
 
 
 def backward(
@@ -38,22 +36,9 @@ def backward(
 ) -> None:
     """Run the scan backward."""
     native.operator("ssd_scan_bwd")(
-        None if dout is None else _dense_heads(dout, inputs[0].dtype),
+        None if dout is None else dense_heads(dout, inputs[0].dtype),
         parameter(dfinal_states),
-        *_kernel_inputs(inputs),
+        *ssd_inputs(*inputs),
         *(cu_seqlens, chunk_states, dt_softplus, dt_min, dt_max),
         *gradients,
     )
-
-
-def _kernel_inputs(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, *others = inputs
-    B, C = (_dense_heads(tensor, x.dtype) for tensor in (B, C))
-    return _dense_heads(x, x.dtype), parameter(dt), parameter(A), B, C, *(parameter(tensor) for tensor in others)
-
-
-def _dense_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor itself where its last two axes are dense, as in a view of what a projection gives, else a copy."""
-    x = x if x.dtype == dtype else x.to(dtype)
-    dense = (x.shape[3] == 1 or x.stride(3) == 1) and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
-    return x if dense else x.contiguous()

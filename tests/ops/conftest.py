@@ -62,6 +62,15 @@ def triton_interpreter(monkeypatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
+@pytest.fixture
+def triton_chunks_of_8(triton_interpreter, monkeypatch):
+    """Chunks of two tiles of 4 steps in Triton's kernels of Mamba-2's scan, so that few steps cross their bounds."""
+    launches = pytest.importorskip("ssmtune.triton_kernels.ssd_scan_launches")
+    monkeypatch.setattr(launches, "CHUNK_SIZE", 8)
+    monkeypatch.setattr(launches, "TILE", 8)
+    return launches
+
+
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """Return the same values in another memory layout: first, last, row-strided first or last, or dense nowhere.
 

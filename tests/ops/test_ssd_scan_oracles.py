@@ -8,20 +8,22 @@ from ssd_inputs import SEQUENCES, draw, run
 RATIO = 2e-6
 
 
-# batch, seqlen, nheads, headdim, ngroups, dstate, over three chunks of the CPU kernels
-SIZES = (2, 140, 4, 6, 2, 8)
-
-
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("native_kernels")
+    if request.param != "reference":
+        request.getfixturevalue({"cpu": "native_kernels", "triton": "triton_chunks_of_8"}[request.param])
     return request.param
 
 
+@pytest.fixture
+def sizes(backend):
+    """batch, seqlen, nheads, headdim, ngroups, dstate, over three chunks of the kernels."""
+    return (1, 19, 2, 5, 1, 7) if backend == "triton" else (2, 140, 4, 6, 2, 8)
+
+
 @pytest.fixture(params=[False, True], ids=["shared", "per-row"])
-def inputs(request):
-    return {name: x.requires_grad_() for name, x in draw(*SIZES, per_row=request.param).items()}
+def inputs(request, sizes):
+    return {name: x.requires_grad_() for name, x in draw(*sizes, per_row=request.param).items()}
 
 
 def steps(inputs, start, stop):
@@ -36,11 +38,11 @@ def gradients(results, inputs):
 
 
 @pytest.mark.parametrize("cuts", [(1,), (64,), (5, 6, 139)], ids=str)
-def test_cutting_a_sequence_changes_nothing(inputs, backend, cuts):
-    cuts = sorted({min(cut, SIZES[1] - 1) for cut in cuts})
+def test_cutting_a_sequence_changes_nothing(inputs, backend, sizes, cuts):
+    cuts = sorted({min(cut, sizes[1] - 1) for cut in cuts})
     whole = run(inputs, backend=backend)
     states, pieces = inputs["initial_states"], []
-    for start, stop in zip((0, *cuts), (*cuts, SIZES[1]), strict=True):
+    for start, stop in zip((0, *cuts), (*cuts, sizes[1]), strict=True):
         out, states = run(steps(inputs, start, stop) | {"initial_states": states}, backend=backend)
         pieces.append(out)
     cut = torch.cat(pieces, dim=1), states
@@ -51,9 +53,9 @@ def test_cutting_a_sequence_changes_nothing(inputs, backend, cuts):
 
 
 @pytest.mark.parametrize("inputs", [False], indirect=True)
-def test_state_offset_is_a_state_that_never_moves(inputs, backend):
+def test_state_offset_is_a_state_that_never_moves(inputs, backend, sizes):
     # A = 0 and B = 0 in a second set of heads, which start at the offset and are read by the same C
-    batch, _, heads, headdim, groups, dstate = SIZES
+    batch, _, heads, headdim, groups, dstate = sizes
     expected = run(inputs, backend=backend)
     kept = {"dt": inputs["dt"], "C": inputs["C"]}
     kept |= {"A": torch.zeros(heads), "B": torch.zeros_like(inputs["B"]), "x": torch.zeros_like(inputs["x"])}
@@ -69,8 +71,8 @@ def test_state_offset_is_a_state_that_never_moves(inputs, backend):
 
 
 @pytest.mark.parametrize("per_row", [True, False], ids=["per-sequence", "shared"])
-def test_packed_sequences_are_those_run_one_by_one(backend, per_row):
-    _, seqlen, *rest = SIZES
+def test_packed_sequences_are_those_run_one_by_one(backend, sizes, per_row):
+    _, seqlen, *rest = sizes
     bounds = [0, 1, seqlen // 2, seqlen]
     inputs = {name: x.requires_grad_() for name, x in draw(1, seqlen, *rest, per_row=per_row, rows=3).items()}
     packed = run(inputs, backend=backend, cu_seqlens=torch.tensor(bounds))
@@ -88,11 +90,11 @@ def test_packed_sequences_are_those_run_one_by_one(backend, per_row):
         assert_close(f"d{name}", a, b, 4 * RATIO)
 
 
-def test_one_token_at_a_time_is_the_scan(backend):
-    inputs = draw(*SIZES)
+def test_one_token_at_a_time_is_the_scan(backend, sizes):
+    inputs = draw(*sizes)
     expected, last = run(inputs, backend=backend)
     states, out = inputs["initial_states"], []
-    for t in range(SIZES[1]):
+    for t in range(sizes[1]):
         y, states = run(steps(inputs, t, t + 1) | {"initial_states": states}, backend=backend)
         out.append(y)
     assert_close("out", expected, torch.cat(out, dim=1), RATIO)
