@@ -172,7 +172,6 @@ def environment() -> dict[str, Any]:
     import torch
 
     packages = {}
-    program = Path(sys.argv[0]).name
     for name in ("ssmtune", "torch", "transformers", "peft", "datasets", "bitsandbytes"):
         try:
             packages[name] = version(name)
@@ -186,8 +185,17 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": packages,
         "revision": _revision(),
-        "command": shlex.join(["ssmtune" if program in ("__main__.py", "-m") else program, *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> list[str]:
+    """What was started, as one would type it."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is None:
+        return [Path(sys.argv[0]).name]
+    name = module.name.removesuffix(".__main__")
+    return [name] if name == "ssmtune" else ["python", "-m", name]
 
 
 def _processor() -> str | None:

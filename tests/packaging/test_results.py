@@ -20,9 +20,13 @@ HEADLINES = {
 }
 
 
-def table(text: str, header: str) -> dict[str, dict[str, str]]:
-    """Return the rows of the first table whose header begins so: cells by the column's title, by the first cell."""
-    lines = text[text.index(header) :].split("\n\n")[0].splitlines()
+def tables(text: str, header: str) -> list[dict[str, dict[str, str]]]:
+    """Return the rows of every table whose header begins so: cells by the column's title, by the first cell."""
+    return [table(header + part) for part in text.split(header)[1:]]
+
+
+def table(text: str) -> dict[str, dict[str, str]]:
+    lines = text.split("\n\n")[0].splitlines()
     titles, _, *rows = ([cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines)
     return {cells[0]: dict(zip(titles[1:], cells[1:], strict=True)) for cells in rows}
 
@@ -34,8 +38,8 @@ def rounded(cell: str) -> str:
 def test_results_of_e2e():
     if not REPORT.is_file():
         pytest.skip("needs a checkout")
-    shown = table((ROOT / "README.md").read_text(), "| method | BLEU |")
-    measured = table(REPORT.read_text(), "| method |")
+    (shown,) = tables((ROOT / "README.md").read_text(), "| method | BLEU |")
+    measured = tables(REPORT.read_text(), "| method |")[0]
     assert len(shown) == 6
     for name, cells in shown.items():
         (row,) = [row for method, row in measured.items() if name.startswith(method)]
@@ -52,9 +56,9 @@ def test_results_of_the_study():
     for row in csv.DictReader(STUDY.open()):
         place = f"{row['model']}, {row['task']}, {row['metric']}", titles[row["method"]]
         runs.setdefault(place, []).append(float(row["value"]))
-    shown = table((ROOT / "docs" / "results.md").read_text(), "| method |")
-    assert len(shown) >= 8
-    for method, cells in shown.items():
+    shown = tables((ROOT / "docs" / "results.md").read_text(), "| method |")
+    assert all(len(rows) >= 8 for rows in shown)
+    for method, cells in (row for rows in shown for row in rows.items()):
         for title, cell in cells.items():
             model, task = title.split(", ")
             values = runs.get((f"{model}, {', '.join(HEADLINES[task])}", method))

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from ssmtune import memory
 from ssmtune.config import ConfigError
 from ssmtune.progress import ProgressLine
-from ssmtune.run_directory import RunDirectory, whole_folder, write_json, write_whole
+from ssmtune.run_directory import RunDirectory, environment, whole_folder, write_json, write_whole
 
 
 def test_whole_folder_appears_only_when_it_is_complete(tmp_path):
@@ -125,3 +126,17 @@ def test_progress_can_be_turned_off(capsys):
     line.log({"step": 5, "dev_loss": 2.0})
     line.write("x")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "module, command",
+    [
+        ("ssmtune.__main__", "ssmtune --steps 5"),
+        ("benchmarks.study", "python -m benchmarks.study --steps 5"),
+        (None, "ssmtune --steps 5"),
+    ],
+)
+def test_the_command_can_be_typed_again(module, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ssmtune" if module is None else "/src/some.py", "--steps", "5"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", module and ModuleSpec(module, None))
+    assert environment()["command"] == command
