@@ -62,6 +62,7 @@ def path() -> Path:
     others = [ROOT / "csrc" / "tensors.cpp", ROOT / "csrc" / "cpu" / "buffer.cpp", EMULATOR / "operators.cpp"]
     if sanitize:
         left_out |= {f"selective_scan_{dtype}.cu" for dtype in ("bf16", "fp16", "fp32")}
+        left_out |= {"causal_conv1d_binding.cpp", "selective_state_update_binding.cpp"}
         others.append(EMULATOR / "selective_scan_sanitized.cu")
     sources = [source for source in sorted((ROOT / "csrc" / "cuda").glob("*.c*")) if source.name not in left_out]
     (directory,) = importlib.util.find_spec("torch").submodule_search_locations

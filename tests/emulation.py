@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 CACHE = ROOT / "build" / "emulated"
 FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=fast")
-SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 KEPT = 4
 """States of a library that stay: another process may be about to load the one before."""
 
@@ -26,7 +26,7 @@ def compile_library(name: str, sources: list[Path], sanitize: bool = False, opti
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    flags = [*FLAGS, *(("-O1", *SANITIZE) if sanitize else ("-O2",)), f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", *options]
+    flags = [*FLAGS, *(SANITIZE if sanitize else ("-O2",)), f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", *options]
     read = sorted({*EMULATOR.iterdir(), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir(), *sources})
     state = hashlib.sha256(repr((compiler, flags, sources)).encode())
     for path in read:
