@@ -25,8 +25,12 @@ PER = {
     "causal_conv1d": "(b,d,t)",
     "causal_conv1d_update": "(b,d)",
     "selective_state_update": "(b,d,n)",
+    "ssd_scan": None,
 }
-"""What the instructions of an operator are counted for: as many as the product of its kernels' blocks."""
+"""What the instructions of an operator are counted for: as many as the product of its kernels' blocks.
+
+None where these are matrices, of which an instruction multiplies some: then those are counted, in all of the code.
+"""
 BOUNDS = {
     ("selective_scan_fwd_kernel", "bfloat16"): 11.0,
     ("selective_scan_fwd_kernel", "bfloat16, 256 states"): 11.0,
@@ -54,8 +58,9 @@ class Row:
         stack: bytes of a thread.
         shared: bytes of a program.
         instructions: of its loops over time, or of the whole kernel where it has none, for each (b,d,t,n) or whatever
-            `per` says. None for AMD, whose code is not read.
+            `per` says. None for AMD, whose code is not read, and for kernels that multiply matrices.
         bound: of the instructions, where there is one.
+        products: instructions of the matrix units, None for kernels that multiply no matrices.
     """
 
     op: str
@@ -70,6 +75,7 @@ class Row:
     per: str
     bound: float | None
     compiler: str
+    products: int | None = None
 
     @property
     def faults(self) -> list[str]:
@@ -77,6 +83,8 @@ class Row:
         found = []
         if self.spills or self.stack:
             found.append(f"{self.spills} spills and a stack of {self.stack} bytes")
+        if self.products == 0:
+            found.append("its products are not made by matrix units")
         if self.bound is not None and self.instructions is not None and self.instructions > self.bound:
             found.append(
                 f"{self.instructions:.1f} instructions for each {self.per}, at most {self.bound:g} are allowed"
@@ -111,27 +119,36 @@ def _row(op: str, case: str, target: str, launch) -> Row:
 
     if launch.arguments.get("REVERSE"):
         case += ", in reverse"
+    if launch.arguments.get("STRIDE_VALUE") == 1:
+        case += ", over heads"
     per = "(b,d,n) of a segment" if launch.kernel == "selective_scan_carry_kernel" else PER[op]
-    metadata = launch.compiled.metadata
+    metadata, instructions = launch.compiled.metadata, None
     if target.startswith("gfx"):
-        registers, spills, stack = _of_amd(launch.compiled.asm["amdgcn"])
-        instructions = None
+        assembly = launch.compiled.asm["amdgcn"]
+        registers, spills, stack = _of_amd(assembly)
+        products = len(re.findall(r"^\s+v_mfma", assembly, flags=re.MULTILINE))
     else:
         kernel = _read(launch)
-        registers, spills, stack = kernel.registers, kernel.spills, kernel.stack
-        loops = [loop for loop in kernel.loops if loop.count("MUFU.EX2")]
-        # the backward scan has two loops, each with tiles of its own
-        steps = [launch.arguments[name] for name in STEPS if name in launch.arguments] or [1]
-        if loops:
-            total = sum(loop.instructions / n for loop, n in zip(loops, steps, strict=True))
-        else:
-            total = kernel.instructions / steps[-1]
-        lanes = math.prod(launch.arguments[name] for name in BLOCKS if name in launch.arguments)
-        instructions = round(total * 32 * metadata.num_warps / lanes, 2)
+        registers, spills, stack, products = kernel.registers, kernel.spills, kernel.stack, kernel.products
+        if per is not None:
+            instructions = _for_each(launch, kernel)
     return Row(
-        op, case, launch.kernel, target, registers, stack, metadata.shared, spills, instructions, per,
+        op, case, launch.kernel, target, registers, stack, metadata.shared, spills, instructions, per or "",
         BOUNDS.get((launch.kernel, case)), f"triton {triton.__version__}",
+        products if "PRECISION" in launch.arguments else None,
     )  # fmt: skip
+
+
+def _for_each(launch, kernel) -> float:
+    loops = [loop for loop in kernel.loops if loop.count("MUFU.EX2")]
+    # the backward scan has two loops, each with tiles of its own
+    steps = [launch.arguments[name] for name in STEPS if name in launch.arguments] or [1]
+    if loops:
+        total = sum(loop.instructions / n for loop, n in zip(loops, steps, strict=True))
+    else:
+        total = kernel.instructions / steps[-1]
+    lanes = math.prod(launch.arguments[name] for name in BLOCKS if name in launch.arguments)
+    return round(total * 32 * launch.compiled.metadata.num_warps / lanes, 2)
 
 
 def _read(launch):
@@ -171,9 +188,11 @@ def _optional(text: str) -> float | None:
     return float(text) if text else None
 
 
-_PARSE = dict.fromkeys(("registers", "stack", "shared", "spills"), int) | dict.fromkeys(
-    ("instructions", "bound"), _optional
-)
+_PARSE = {
+    **dict.fromkeys(("registers", "stack", "shared", "spills"), int),
+    **dict.fromkeys(("instructions", "bound"), _optional),
+    "products": lambda text: int(text) if text else None,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in count(options.target or TARGETS, options.fast, options.op or ()):
         rows.append(row)
         instructions = "" if row.instructions is None else f"{row.instructions:8.1f} per {row.per}"
+        if row.products is not None:
+            instructions = f"{row.products:8} of matrix units"
         title = f"{row.target:7} {row.kernel:36} {row.case:36}"
         print(f"{title} {row.registers:4} registers {row.shared:6} B shared {instructions}", flush=True)
     whole = not (options.target or options.op or options.fast)

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ssmtune.ops import layout, triton
+from ssmtune.ops import layout, ssd_scan_triton, triton
 
 BATCH, DIM, SEQLEN = 8, 4096, 2048
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -73,6 +73,14 @@ def cases() -> Iterator[KernelCase]:
     for label, options in {"offsets of adapters": {"adapters": True}, "groups": {"groups": 8}}.items():
         call = partial(update_state, torch.bfloat16, 16, **options)
         yield KernelCase("selective_state_update", f"bfloat16, {label}", call)
+    for label, options in {
+        "bfloat16": {},
+        "bfloat16, all gradients": {"offsets": True},
+        "bfloat16, packed": {"offsets": True, "packed": True},
+        "float32, all gradients": {"offsets": True},
+    }.items():
+        call = partial(scan_heads, DTYPES[label.partition(",")[0]], **options)
+        yield KernelCase("ssd_scan", label, call, fast=not options)
 
 
 def scan(
@@ -117,6 +125,32 @@ def scan(
         triton.selective_scan_backward(
             layout.empty_like(out), None, tuple(inputs.values()), cu_seqlens, chunk_states, True, gradients
         )
+
+
+def scan_heads(dtype: torch.dtype, *, offsets: bool = False, packed: bool = False) -> None:
+    """Mamba-2's scan with D and a bias of dt, 64 channels of a head and 128 states of each, forward and backward.
+
+    Args:
+        offsets: whether there are initial states, a state offset and an output offset, and all gradients are asked for.
+        packed: 32 sequences, each with states and offsets of its own.
+    """
+    headdim, dstate = 64, 128
+    batch, heads = 1 if packed else BATCH, DIM // headdim
+    rows = 32 if packed else batch
+    own = [rows] if packed else []
+    x = _empty(batch, SEQLEN, heads, headdim, dtype=dtype)
+    B = _empty(batch, SEQLEN, 1, dstate, dtype=dtype)
+    states = [_empty(*own, heads, headdim, dstate) if offsets else None for _ in range(2)]
+    output_offset = _empty(*own, heads, headdim) if offsets else None
+    dt, A = _empty(batch, SEQLEN, heads, dtype=dtype), _empty(heads)
+    inputs = x, dt, A, B, B, _empty(heads, headdim), A, *states, output_offset
+    cu_seqlens = torch.empty(rows + 1, dtype=torch.int32, device="meta") if packed else None
+    shape = ssd_scan_triton.chunk_states_shape(x.shape, 1, dstate, rows if packed else None)
+    final_states, chunk_states = _empty(rows, heads, headdim, dstate), _empty(*shape)
+    options = True, 0.0, float("inf")
+    ssd_scan_triton.forward(inputs, cu_seqlens, *options, x, final_states, chunk_states)
+    gradients = [tensor if offsets or i in (0, 1, 3, 4) else None for i, tensor in enumerate(inputs)]
+    ssd_scan_triton.backward(x, final_states, inputs, cu_seqlens, chunk_states, *options, gradients)
 
 
 def convolve(

@@ -57,6 +57,7 @@ class Kernel:
         shared: bytes of a block that are known before the launch, with those that the system reserves.
         spills: instructions that access local memory.
         instructions: all of its code, called functions included.
+        products: those of the matrix units among them.
         loops: in the order of their addresses.
     """
 
@@ -66,6 +67,7 @@ class Kernel:
     shared: int
     spills: int
     instructions: int
+    products: int
     loops: tuple[Loop, ...]
 
     @property
@@ -99,6 +101,8 @@ def read(cubin: str | Path, kernel: str) -> Kernel:
         resources["SHARED"],
         sum(bool(re.match(r"(LDL|STL)\b", instruction.opcode)) for instruction in program.instructions),
         len(program.instructions),
+        # HMMA, HGMMA, UTCHMMA, ...
+        sum(instruction.opcode.partition(".")[0].endswith("MMA") for instruction in program.instructions),
         program.loops(),
     )
 

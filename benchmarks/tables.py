@@ -265,13 +265,17 @@ def instruction_section(rows: Sequence[instruction_counts.Row]) -> str:
     body = []
     for (kernel, case), found in by_case.items():
         first = next(iter(found.values()))
-        counts = [number(found[target].instructions) if target in found else "" for target in counted]
+        counts = [_count(found[target]) if target in found else "" for target in counted]
         registers = "/".join(str(found[target].registers) if target in found else "" for target in targets)
         shared = str(max(row.shared for row in found.values()))
         bound = "" if first.bound is None else f"<= {first.bound:g}"
         body.append((kernel, case, first.per, *counts, bound, registers, shared))
     header = ("kernel", "case", "for each", *counted, "bound", f"registers, {'/'.join(targets)}", "shared, bytes")
     return f"### Instructions of {rows[0].compiler}\n\n{markdown(header, body)}"
+
+
+def _count(row: instruction_counts.Row) -> str:
+    return number(row.instructions) if row.products is None else f"{row.products} MMA"
 
 
 def rewrite(readme: Path, folder: Path) -> None:

@@ -99,7 +99,8 @@ def compare(inputs, backend, dtype=torch.float32, **options):
     ratio = tolerance(dtype)
     for name, a, b in zip(("out", "final_states"), expected, actual, strict=True):
         assert_close(name, a, b, ratio)
-    weights = [torch.randn(r.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for r in expected]
+    weights = [torch.randn(r.shape, generator=torch.Generator().manual_seed(1), dtype=r.dtype) for r in expected]
+    weights = [weight.to(result.device) for weight, result in zip(weights, expected, strict=True)]
     a = torch.autograd.grad(sum((r * w).sum() for r, w in zip(expected, weights, strict=True)), list(wide.values()))
     b = torch.autograd.grad(
         sum((r * w.to(dtype).to(r.dtype)).sum() for r, w in zip(actual, weights, strict=True)), list(narrow.values())

@@ -142,14 +142,15 @@ class ChunkedScan:
             REVERSE=reverse, KEY_SIZE=key_size, VALUE_SIZE=value_size,
             STRIDE_KEY=value_size if by_value else 1, STRIDE_VALUE=1 if by_value else key_size,
             BLOCK_K=_block(key_size, self._tile), BLOCK_V=block_v, CHUNK=CHUNK_SIZE,
-            **self._products,
+            # no registers are left for tiles of the next head beside an offset
+            **self._products | ({"num_stages": 1} if by_value and state_offset is not None else {}),
         )  # fmt: skip
 
     def decays(self, dout: Tensor, states: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of the steps as factors, and of the logarithms of decays, as partial sums."""
         heads, headdim, dstate = states.shape[1:]
         _, blocks = self._blocks(headdim, dstate)
-        blocks["BLOCK_N"] = _block(dstate, self._tile)
+        blocks |= {"BLOCK_P": _block(headdim, self._tile), "BLOCK_N": _block(dstate, 32)}
         parts = triton.cdiv(headdim, blocks["BLOCK_P"]) * (CHUNK_SIZE // self._tile)
         dsteps, ddecays = self.dt.new_empty(2, parts, self.chunks, heads, CHUNK_SIZE).unbind()
         seqlen, rows, _ = self._sizes

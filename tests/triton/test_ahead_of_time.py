@@ -36,7 +36,8 @@ def check(rows, target):
     assert {row.target for row in rows} == {target}
     assert {row.op for row in rows} == set(instruction_counts.PER)
     assert all(row.registers > 0 for row in rows)
-    assert all((row.instructions is None) == target.startswith("gfx") for row in rows)
+    assert all((row.instructions is None) == (target.startswith("gfx") or row.op == "ssd_scan") for row in rows)
+    assert {row.op for row in rows if row.products} == {"ssd_scan"}
     return {(row.kernel, row.case) for row in rows if row.bound}
 
 
@@ -58,6 +59,13 @@ def test_stored_rows_keep_their_bounds():
     assert {row.target for row in rows} == set(instruction_counts.TARGETS)
     assert [fault for row in rows for fault in row.faults] == []
     assert {(row.kernel, row.case) for row in rows if row.bound} == instruction_counts.BOUNDS.keys()
+
+
+def test_products_that_are_not_on_matrix_units_are_a_fault():
+    row = instruction_counts.Row(
+        "ssd_scan", "float32", "kernel", "sm_90", 255, 0, 0, 0, None, "", None, "triton 3.9.0", products=0
+    )
+    assert row.faults == ["kernel, ssd_scan float32, sm_90: its products are not made by matrix units"]
 
 
 def test_faults_are_named():
