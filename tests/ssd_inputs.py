@@ -108,3 +108,15 @@ def compare(inputs, backend, dtype=torch.float32, **options):
     for name, x, y in zip(inputs, a, b, strict=True):
         assert y.dtype == inputs[name].dtype, name
         assert_close(f"d{name}", x, y, 4 * ratio)
+
+
+def compare_packed(inputs, backend, cu_seqlens):
+    """Hold outputs, final states and every gradient of packed sequences to the reference in float64."""
+    results = []
+    for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
+        leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in inputs.items()}
+        out, states = run(leaves, backend=name, cu_seqlens=cu_seqlens)
+        gradients = torch.autograd.grad(out.square().sum() + states.sum(), list(leaves.values()))
+        results.append((out, states, *gradients))
+    for name, a, b in zip(("out", "states", *inputs), *results, strict=True):
+        assert_close(name, a, b, 4 * tolerance(torch.float32))

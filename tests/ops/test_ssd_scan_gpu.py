@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from numerics import assert_close
-from ssd_inputs import compare, draw, run
+from ssd_inputs import compare, compare_packed, draw, run
 
 pytestmark = pytest.mark.gpu
 
@@ -24,14 +23,7 @@ def test_equals_the_recurrence(sizes, dtype):
 def test_packed_sequences(per_row):
     bounds = torch.tensor([0, 1, 70, 198, 1000, 1024], device="cuda")
     inputs = on_gpu(1, 1024, 4, 64, 2, 64, per_row=per_row, rows=5)
-    results = []
-    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
-        leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in inputs.items()}
-        out, states = run(leaves, backend=backend, cu_seqlens=bounds)
-        gradients = torch.autograd.grad(out.square().sum() + states.sum(), list(leaves.values()))
-        results.append((out, states, *gradients))
-    for name, a, b in zip(("out", "states", *inputs), *results, strict=True):
-        assert_close(name, a, b, 4e-6)
+    compare_packed(inputs, "triton", bounds)
 
 
 def test_same_bits_every_time():

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import assert_close
-from ssd_inputs import compare, draw, run
+from ssd_inputs import compare, compare_packed, draw, run
 
 pytestmark = pytest.mark.usefixtures("triton_chunks_of_8", "poison_empty")
 
@@ -49,14 +48,7 @@ def test_parts_of_sums_are_added_up(large_gpu):
 @pytest.mark.parametrize("per_row", [True, False], ids=["per-sequence", "shared"])
 def test_packed_sequences(per_row):
     inputs = draw(1, 19, 1, 3, 1, 4, per_row=per_row, rows=3)
-    results = []
-    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
-        leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in inputs.items()}
-        out, states = run(leaves, backend=backend, cu_seqlens=torch.tensor([0, 1, 10, 19]))
-        gradients = torch.autograd.grad(out.square().sum() + states.sum(), list(leaves.values()))
-        results.append((out, states, *gradients))
-    for name, a, b in zip(("out", "states", *inputs), *results, strict=True):
-        assert_close(name, a, b, 4e-6)
+    compare_packed(inputs, "triton", torch.tensor([0, 1, 10, 19]))
 
 
 @pytest.mark.parametrize("softplus, limit", [(True, (0.1, 0.4)), (False, (0.2, math.inf))], ids=str)
