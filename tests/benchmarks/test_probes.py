@@ -1,4 +1,3 @@
-import csv
 from types import SimpleNamespace
 
 import pytest
@@ -74,13 +73,6 @@ def test_answers_compare_what_was_measured_with_what_is_known():
 @pytest.mark.slow
 def test_probes_tell_a_prompt_from_full_fine_tuning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probes, "METHODS", {"llama": ["full", "prompt-tuning"]})
-    probes.main(["--out", str(tmp_path), "--parts", "llama-changes", "--seeds", "1"])
-    assert (tmp_path / "answers.md").read_text() in capsys.readouterr().out and (tmp_path / "report.html").is_file()
-    with (tmp_path / "results.csv").open() as file:
-        scores = {
-            (row["task"], row["method"]): float(row["value"])
-            for row in csv.DictReader(file)
-            if row["metric"] == "exact_match"
-        }
-    assert scores["probe-style", "full"] > 90 and scores["probe-style", "prompt-tuning"] > 90
-    assert scores["probe-order", "full"] > 60 and scores["probe-order", "prompt-tuning"] < 5
+    assert probes.main(["--out", str(tmp_path), "--parts", "llama-changes", "--seeds", "1"]) == 0
+    text = (tmp_path / "answers.md").read_text()
+    assert text.count("| yes |") == 4 and text in capsys.readouterr().out and (tmp_path / "report.html").is_file()

@@ -1,4 +1,4 @@
-"""The README and docs/results.md say what the committed results say."""
+"""The README, docs/results.md and docs/tasks.md say what the committed results say."""
 
 import csv
 import re
@@ -11,6 +11,7 @@ from ssmtune.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "benchmarks" / "results" / "e2e-mamba-5m" / "report.md"
+PROBES = ROOT / "benchmarks" / "results" / "probes" / "answers.md"
 STUDY = ROOT / "benchmarks" / "results" / "study" / "results.csv"
 HEADLINES = {
     "E2E": ("e2e", "bleu"),
@@ -63,6 +64,17 @@ def test_results_of_the_study():
             model, task = title.split(", ")
             values = runs.get((f"{model}, {', '.join(HEADLINES[task])}", method))
             assert cell == ("–" if values is None else written(values)), (method, title)
+
+
+def test_results_of_the_probes():
+    if not PROBES.is_file():
+        pytest.skip("needs a checkout")
+    shown = (ROOT / "docs" / "tasks.md").read_text().partition("What came out")[2]
+    answers = table(PROBES.read_text()).values()
+    held = [answer["came out"] for answer in answers].count("yes")
+    assert f"{held} of the {len(answers)} known answers" in shown
+    numbers = set(re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", shown))
+    assert numbers and numbers <= {rounded(answer["exact match % (seeds)"].split(" (")[0]) for answer in answers}
 
 
 def written(values: list[float]) -> str:
