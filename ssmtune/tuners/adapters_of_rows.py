@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-
 _SHOWN = 8
 
 
@@ -50,13 +48,6 @@ class AdaptersOfRows:
             raise ValueError(
                 f"adapter_names has {unknown[0]!r}, which is no adapter of {type(self).__name__} here.\n"
                 f"  Pass one of {', '.join(list(own)[:_SHOWN])}{more} for each row, or '__base__'."
-            )
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        acting = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
-        if others := sorted({name for layer in acting for name in layer.active_adapters} - own.keys()):
-            raise ValueError(
-                f"adapter_names is for adapters of one method, and {others[0]!r} of another would serve every row.\n"
-                "  Merge it into the weights, or run one batch per adapter, with set_adapter before each."
             )
         if any(own[name].modules_to_save for name in set(names) - {"__base__"}):
             raise ValueError(

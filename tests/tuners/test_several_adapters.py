@@ -244,22 +244,6 @@ def test_methods_of_transformers_beside_each_other(tiny_mamba, input_ids, logits
     assert all((outputs[2] - output).abs().max() > 1e-3 for output in outputs[:2])
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[-1] != "low"], ids="-".join)
-def test_rows_cannot_choose_beside_another_method(pair, tiny_mamba, input_ids, logits):
-    inner, outer = pair
-    get_peft_model(tiny_mamba, METHODS[inner](), adapter_name=inner)
-    model = get_peft_model(tiny_mamba, METHODS[outer](), adapter_name=outer)
-    fill(model, inner, 1)
-    fill(model, outer, 2)
-    both = [outer, "__base__"]
-    with pytest.raises(ValueError, match=f"for adapters of one method, and '{inner}' of another would serve every row"):
-        logits(model, input_ids, adapter_names=both)
-    if inner == "low":
-        for layer in (module for module in tiny_mamba.modules() if isinstance(module, LoraLayer)):
-            layer.merge()
-        assert not torch.equal(*logits(model, input_ids[:1].expand(2, -1), adapter_names=both))
-
-
 def test_one_name_for_two_methods_is_an_error(tiny_mamba):
     get_peft_model(tiny_mamba, LoraConfig(**LORA))
     with pytest.raises(
