@@ -8,29 +8,37 @@ from ssmtune.triton_kernels.ssd_scan_chunks import locate_chunk
 
 
 @triton.jit
-def load_steps(p_dt, mask, b_bias, dt_min, dt_max, DT_SOFTPLUS: tl.constexpr):
-    """Read the steps' sizes, and their slopes by what was read. Steps past the end have size 0: they change nothing."""
-    b_dt = tl.load(p_dt, mask=mask, other=0.0) + b_bias
+def read_steps(
+    dt_ptr, A_ptr, dt_bias_ptr, cu_seqlens_ptr, seqlen, n_rows, nheads, dt_min, dt_max,
+    DT_SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A program's chunk and heads; of its tile [CHUNK, BLOCK_H] the mask, and the offsets in dt and in vectors; A of
+    the heads, and the steps' sizes with their slopes by dt.
+
+    Steps past the end have size 0: they change nothing.
+    """
+    n_blocks = tl.cdiv(nheads, BLOCK_H)
+    i_chunk = (tl.program_id(0) // n_blocks).to(tl.int64)
+    o_h = tl.program_id(0) % n_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_h = o_h < nheads
+    _, i_b, start, end = locate_chunk(i_chunk, cu_seqlens_ptr, seqlen, n_rows, CHUNK)
+    o_t = tl.arange(0, CHUNK)
+    mask = (start + o_t < end)[:, None] & m_h[None, :]
+    o_dt = (i_b * seqlen + start + o_t)[:, None] * nheads + o_h[None, :]
+    o_v = (i_chunk * nheads + o_h)[None, :] * CHUNK + o_t[:, None]
+
+    b_A = tl.load(A_ptr + o_h, mask=m_h, other=0.0)
+    b_dt = tl.load(dt_ptr + o_dt, mask=mask, other=0.0)
+    if dt_bias_ptr is not None:
+        b_dt += tl.load(dt_bias_ptr + o_h, mask=m_h, other=0.0)[None, :]
     b_slope = tl.full(b_dt.shape, 1.0, tl.float32)
     if DT_SOFTPLUS:
         b_raw = b_dt
         b_dt, b_e = softplus(b_raw)
         b_slope = tl.where(b_raw < 0.0, b_e, 1.0) / (1.0 + b_e)
-    b_slope = tl.where((b_dt >= dt_min) & (b_dt <= dt_max), b_slope, 0.0)
-    return tl.where(mask, tl.minimum(tl.maximum(b_dt, dt_min), dt_max), 0.0), tl.where(mask, b_slope, 0.0)
-
-
-@triton.jit
-def locate_steps(cu_seqlens_ptr, seqlen, n_rows, nheads, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A program's chunk; and of its tile [CHUNK, BLOCK_H] the heads, the mask, and the offsets in dt and in vectors."""
-    n_blocks = tl.cdiv(nheads, BLOCK_H)
-    i_chunk = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_h = tl.program_id(0) % n_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    _, i_b, start, end = locate_chunk(i_chunk, cu_seqlens_ptr, seqlen, n_rows, CHUNK)
-    o_t = tl.arange(0, CHUNK)
-    mask = (start + o_t < end)[:, None] & (o_h < nheads)[None, :]
-    o_dt = (i_b * seqlen + start + o_t)[:, None] * nheads + o_h[None, :]
-    return i_chunk, o_h, mask, o_dt, (i_chunk * nheads + o_h)[None, :] * CHUNK + o_t[:, None]
+    b_slope = tl.where(mask & (b_dt >= dt_min) & (b_dt <= dt_max), b_slope, 0.0)
+    b_dt = tl.where(mask, tl.minimum(tl.maximum(b_dt, dt_min), dt_max), 0.0)
+    return i_chunk, o_h, mask, o_dt, o_v, b_A, b_dt, b_slope
 
 
 @triton.jit(do_not_specialize=["seqlen", "n_rows"])
@@ -42,14 +50,10 @@ def ssd_steps_kernel(
     seqlen, n_rows, nheads, dt_min, dt_max,
     DT_SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    _, o_h, mask, o_dt, o_v = locate_steps(cu_seqlens_ptr, seqlen, n_rows, nheads, CHUNK, BLOCK_H)
+    _, o_h, _, _, o_v, b_A, b_dt, _ = read_steps(
+        dt_ptr, A_ptr, dt_bias_ptr, cu_seqlens_ptr, seqlen, n_rows, nheads, dt_min, dt_max, DT_SOFTPLUS, CHUNK, BLOCK_H
+    )
     m_h = o_h < nheads
-    b_A = tl.load(A_ptr + o_h, mask=m_h, other=0.0)
-    b_bias = tl.zeros([BLOCK_H], tl.float32)
-    if dt_bias_ptr is not None:
-        b_bias += tl.load(dt_bias_ptr + o_h, mask=m_h, other=0.0)
-    # [CHUNK, BLOCK_H]
-    b_dt, _ = load_steps(dt_ptr + o_dt, mask, b_bias[None, :], dt_min, dt_max, DT_SOFTPLUS)
     b_sum = tl.cumsum(b_dt.to(tl.float64) * (b_A.to(tl.float64) * 1.4426950408889634)[None, :], axis=0)
     b_high = b_sum.to(tl.float32)
     tl.store(steps_ptr + o_v, b_dt, mask=m_h[None, :])
@@ -68,13 +72,10 @@ def ssd_steps_bwd_kernel(
     seqlen, n_rows, n_chunks, nheads, dt_min, dt_max,
     DT_SOFTPLUS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    i_chunk, o_h, mask, o_dt, o_v = locate_steps(cu_seqlens_ptr, seqlen, n_rows, nheads, CHUNK, BLOCK_H)
+    i_chunk, o_h, mask, o_dt, o_v, b_A, b_dt, b_slope = read_steps(
+        dt_ptr, A_ptr, dt_bias_ptr, cu_seqlens_ptr, seqlen, n_rows, nheads, dt_min, dt_max, DT_SOFTPLUS, CHUNK, BLOCK_H
+    )
     m_h = o_h < nheads
-    b_A = tl.load(A_ptr + o_h, mask=m_h, other=0.0)
-    b_bias = tl.zeros([BLOCK_H], tl.float32)
-    if dt_bias_ptr is not None:
-        b_bias += tl.load(dt_bias_ptr + o_h, mask=m_h, other=0.0)
-    b_dt, b_slope = load_steps(dt_ptr + o_dt, mask, b_bias[None, :], dt_min, dt_max, DT_SOFTPLUS)
     b_dsteps = tl.zeros([CHUNK, BLOCK_H], tl.float32)
     b_ddecays = tl.zeros([CHUNK, BLOCK_H], tl.float32)
     for i in range(PARTS):
